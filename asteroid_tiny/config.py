@@ -1,0 +1,150 @@
+"""Settings of a run: conf.yml files, overridden by options, kept with the run.
+
+A conf.yml is a mapping of sections, each a mapping of keys; the sections are for the reader alone,
+since every key is there once. The first file says which keys there are and, by its values, of
+which type; the others override some.
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from .errors import UserError
+from .files import whole_file
+
+#: Settings that may differ between two starts of one run.
+OF_THE_MACHINE = ("accelerator", "devices", "num_workers", "eval_workers", "speech")
+MAY_BE_ZERO = (
+    "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
+    "cooldown_steps num_workers eval_workers"
+).split()
+
+
+def read_conf(path):
+    """All keys of a conf.yml in one flat dict.
+
+    Raises:
+        UserError: If the file is missing or not a mapping of mappings, or a key is there twice.
+    """
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise UserError(f"{path} must consist of sections with 'key: value' lines")
+    flat = {}
+    for section in sections.values():
+        for key, value in section.items():
+            if key in flat:
+                raise UserError(f"{path} has {key!r} twice")
+            flat[key] = value
+    return flat
+
+
+def merge(base, overrides, where):
+    """`base` with the values of `overrides`, which must be known and of the same type.
+
+    Args:
+        base (dict): All keys with their defaults.
+        overrides (dict): Some keys with other values.
+        where (str): What to call the overrides in an error.
+
+    Examples:
+        >>> merge({"lr": 0.001, "steps": 100}, {"steps": 200}, "conf.yml")
+        {'lr': 0.001, 'steps': 200}
+        >>> merge({"lr": 0.001}, {"lr": "fast"}, "--lr")
+        Traceback (most recent call last):
+        asteroid_tiny.errors.UserError: --lr: lr must be a number, not 'fast'
+    """
+    merged = dict(base)
+    for key, value in overrides.items():
+        if key not in base:
+            raise UserError(f"{where}: there is no setting {key!r}; ./run.sh --help lists them")
+        merged[key] = _checked(key, value, base[key], where)
+    return merged
+
+
+def _checked(key, value, default, where):
+    if value is None and default is None:
+        return None
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    kind = type(default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and type(value) is not kind:
+        raise UserError(f"{where}: {key} must be {kinds[kind]}, not {value!r}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        at_least = 0 if key in MAY_BE_ZERO else None
+        if not (value >= 0 if at_least == 0 else value > 0) or value == float("inf"):
+            raise UserError(f"{where}: {key} must be {'at least' if at_least == 0 else 'above'} 0")
+    return value
+
+
+def parse_options(options, known):
+    """``["--lr", "0.01"]`` as ``{"lr": 0.01}``; values are read as YAML.
+
+    Args:
+        options (list of str): Names and values in turn.
+        known (dict): The settings there are.
+    """
+    if len(options) % 2:
+        raise UserError(f"option {options[-1]} needs a value")
+    given = {}
+    for name, text in zip(options[::2], options[1::2]):
+        key = name.removeprefix("--")
+        if not name.startswith("--") or key not in known:
+            raise UserError(f"there is no option {name}; ./run.sh --help lists them")
+        if isinstance(known[key], str):
+            given[key] = text
+            continue
+        try:
+            given[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            given[key] = text
+        if isinstance(given[key], str) and isinstance(known[key], float):
+            try:
+                given[key] = float(text)  # 1e-3, which YAML takes for a word
+            except ValueError:
+                pass
+    return given
+
+
+def begin_run(exp_dir, settings, given):
+    """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
+
+    A run that was begun before keeps its settings; options that say otherwise are refused, but
+    for those of the machine.
+
+    Args:
+        exp_dir (str or Path): Folder of the run.
+        settings (dict): Defaults merged with the options given now.
+        given (dict): The options given now.
+
+    Returns:
+        dict: The settings of the run.
+    """
+    path = Path(exp_dir) / "conf.yml"
+    if path.exists():
+        begun = read_conf(path)
+        for key, value in given.items():
+            if key not in OF_THE_MACHINE and begun.get(key) != settings[key]:
+                raise UserError(
+                    f"{exp_dir} was begun with {key} {begun.get(key)}, not {value}; "
+                    "choose another --tag, or delete that folder"
+                )
+        machine = {key: settings[key] for key in given if key in OF_THE_MACHINE}
+        settings = {**settings, **begun, **machine}
+    with whole_file(path) as part:
+        part.write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
+    return settings
+
+
+def open_run(description):
+    """For stage scripts: the run folder that the command line names, and its settings."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("exp_dir", type=Path, help="folder of the run, as configure.py makes it")
+    exp_dir = parser.parse_args().exp_dir
+    return exp_dir, read_conf(exp_dir / "conf.yml")

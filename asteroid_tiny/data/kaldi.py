@@ -1,0 +1,242 @@
+"""Speech as a Kaldi data dir: its tables, checked on opening, and its audio, decoded once.
+
+The tables, one entry a line (https://kaldi-asr.org/doc/data_prep.html)::
+
+    wav.scp         recording  path            (relative paths are relative to the data dir)
+    segments        utterance  recording  start  end        (seconds; optional)
+    utt2spk         utterance  speaker
+    spk2gender      speaker    m|f             (optional)
+    spk2production  speaker    production      (optional, ours: who was recorded in one production)
+
+Without `segments` each recording is one utterance. Commands in wav.scp (``... |``) are not run.
+"""
+
+import collections
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile as sf
+
+from ..errors import UserError
+
+CACHE_BYTES = 1 << 30
+WIDE_SUBTYPES = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+
+
+class Utterance(NamedTuple):
+    """Where an utterance lies: its recording, first sample, length in samples, and speaker."""
+
+    recording: str
+    start: int
+    length: int
+    speaker: str
+
+
+class SpeechDir:
+    """A Kaldi data dir of mono recordings of one sample rate.
+
+    Args:
+        path (str or Path): The data dir.
+        sample_rate (int, optional): The rate in Hz that is asked for; any if not given.
+
+    Attributes:
+        sample_rate (int): Rate of all recordings in Hz.
+        utterances (dict): `Utterance` by id.
+        by_speaker (dict): Sorted ids of the utterances of each speaker.
+        spk2gender, spk2production (dict): As in the tables; empty without them.
+
+    Raises:
+        UserError: If a table or recording is missing, empty or broken, a recording is not mono or
+            of another rate, or an utterance has no speaker or lies outside its recording.
+    """
+
+    def __init__(self, path, sample_rate=None):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{path} is not a folder; a Kaldi data dir is needed there")
+        self.wavs = {
+            key: self._wav_path(key, value) for key, value in self._table("wav.scp").items()
+        }
+        lengths = self._lengths(sample_rate)
+        self.utterances = self._utterances(lengths)
+        self.by_speaker = collections.defaultdict(list)
+        for key in sorted(self.utterances):
+            self.by_speaker[self.utterances[key].speaker].append(key)
+        self.by_speaker = dict(sorted(self.by_speaker.items()))
+        self.spk2gender = self._table("spk2gender", optional=True)
+        self.spk2production = self._table("spk2production", optional=True)
+        self._cache = RecordingCache()
+
+    def read(self, utterance, start=0, length=None):
+        """Samples of an utterance.
+
+        Args:
+            utterance (str): Its id.
+            start (int): First sample, counted from the start of the utterance.
+            length (int, optional): Number of samples; to the end if not given.
+
+        Returns:
+            np.ndarray: (length,), float32 in [-1, 1].
+        """
+        where = self.utterances[utterance]
+        length = where.length - start if length is None else length
+        first = where.start + start
+        return self._cache.read(self.wavs[where.recording], first, first + length)
+
+    def minutes(self):
+        """Speech in minutes, by the lengths of the utterances (float)."""
+        return sum(utt.length for utt in self.utterances.values()) / self.sample_rate / 60
+
+    def _table(self, name, optional=False):
+        path = self.path / name
+        if optional and not path.exists():
+            return {}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; a Kaldi data dir needs it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as text: {error}") from None
+        table = {}
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields = line.split(maxsplit=1)
+            if len(fields) < 2 or fields[0] in table:
+                what = "the second line for" if fields[0] in table else "no value for"
+                raise UserError(f"{path}, line {number}, has {what} {fields[0]!r}")
+            table[fields[0]] = fields[1].strip()
+        if not table:
+            raise UserError(f"{path} is empty")
+        return table
+
+    def _wav_path(self, recording, value):
+        if value.endswith("|"):
+            raise UserError(
+                f"{self.path / 'wav.scp'}: {recording!r} is a command; write its output to a file "
+                "and name that, commands are not run"
+            )
+        return str(self.path / value)
+
+    def _lengths(self, sample_rate):
+        """Lengths of all recordings in samples; sets `self.sample_rate`."""
+        lengths = {}
+        for recording, wav in self.wavs.items():
+            info = open_info(wav)
+            if info.channels != 1:
+                raise UserError(f"{wav} has {info.channels} channels; speech must be mono")
+            if info.frames == 0:
+                raise UserError(f"{wav} holds no samples")
+            wanted = sample_rate or info.samplerate
+            if info.samplerate != wanted:
+                raise UserError(
+                    f"{wav} has {info.samplerate} Hz where {wanted} Hz are needed; resample it or "
+                    "set sample_rate"
+                )
+            sample_rate = wanted
+            lengths[recording] = info.frames
+        self.sample_rate = sample_rate
+        return lengths
+
+    def _utterances(self, lengths):
+        segments = self._table("segments", optional=True)
+        if not (self.path / "segments").exists():
+            segments = {key: f"{key} 0 {n / self.sample_rate}" for key, n in lengths.items()}
+        speakers = self._table("utt2spk")
+        utterances = {}
+        for key, value in segments.items():
+            if key not in speakers:
+                raise UserError(f"{self.path / 'utt2spk'} names no speaker for utterance {key!r}")
+            try:
+                recording, *times = value.split()
+                start, end = (round(float(time) * self.sample_rate) for time in times)
+            except ValueError:
+                raise UserError(
+                    f"{self.path / 'segments'}: {key!r} is not followed by recording, start and end"
+                ) from None
+            if recording not in lengths:
+                raise UserError(
+                    f"{self.path / 'wav.scp'} lacks recording {recording!r} of utterance {key!r}"
+                )
+            if not 0 <= start < end <= lengths[recording] + 1:
+                raise UserError(
+                    f"{self.path / 'segments'}: {key!r} does not lie inside its recording, which "
+                    f"has {lengths[recording] / self.sample_rate:.2f} s"
+                )
+            end = min(end, lengths[recording])
+            utterances[key] = Utterance(recording, start, end - start, speakers[key])
+        return utterances
+
+
+class RecordingCache:
+    """Decoded recordings, the least recently used given up beyond `max_bytes`."""
+
+    def __init__(self, max_bytes=CACHE_BYTES):
+        self.max_bytes = max_bytes
+        self._held = collections.OrderedDict()
+
+    def read(self, path, start, end):
+        """Samples `start` to `end` of the file, (end - start,), float32."""
+        if path not in self._held:
+            self._held[path] = decode(path)
+            while len(self._held) > 1 and self._bytes() > self.max_bytes:
+                self._held.popitem(last=False)
+        self._held.move_to_end(path)
+        part = self._held[path][start:end]
+        if part.dtype == np.int16:
+            return part.astype(np.float32) / 32768
+        return part
+
+    def _bytes(self):
+        return sum(samples.nbytes for samples in self._held.values())
+
+    def __getstate__(self):
+        return {"max_bytes": self.max_bytes, "_held": collections.OrderedDict()}
+
+
+def open_info(path):
+    """`soundfile.info` of a file, with a `UserError` if it is missing or no audio."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        return sf.info(path)
+    except sf.LibsndfileError as error:
+        raise UserError(f"{path} cannot be read as audio: {error.error_string}") from None
+
+
+def decode(path):
+    """All samples of a mono file: int16 where that loses nothing that was heard, else float32.
+
+    Raises:
+        UserError: If the file is broken or holds NaN or infinite samples.
+    """
+    try:
+        samples, _ = sf.read(path, dtype="float32")
+    except (sf.LibsndfileError, OSError) as error:
+        raise UserError(f"{path} cannot be decoded: {error}") from None
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds samples that are NaN or infinite")
+    if open_info(path).subtype in WIDE_SUBTYPES:
+        return samples
+    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
+
+
+def check_disjoint(**splits):
+    """Makes sure that no speaker is in two splits.
+
+    Args:
+        **splits (SpeechDir): The splits by name.
+
+    Raises:
+        UserError: That names a speaker and the two splits.
+    """
+    seen = {}
+    for name, speech in splits.items():
+        for speaker in speech.by_speaker:
+            if speaker in seen:
+                raise UserError(
+                    f"speaker {speaker!r} is in {seen[speaker]} and in {name}; "
+                    "every speaker may be in one split only"
+                )
+            seen[speaker] = name

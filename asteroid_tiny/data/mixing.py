@@ -1,0 +1,328 @@
+"""Mixtures: how one is drawn, how a list of them is kept, and how its audio is made.
+
+A `Mixture` says which utterances are summed, from where to where, how loud and how fast. A list of
+them is a CSV file (fixed, for validation and test); for training one is drawn afresh for every
+item, from a random state of its own that depends on the seed and the item's number alone: not on
+the number of workers or processes, nor on where a run was interrupted.
+"""
+
+import csv
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+
+from ..errors import UserError
+from ..files import whole_file
+
+LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
+SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
+
+
+class Source(NamedTuple):
+    """One source of a mixture.
+
+    Attributes:
+        utterance (str): Id of the utterance.
+        start (int): First sample taken from the utterance.
+        length (int): Number of samples taken.
+        offset (int): Sample of the mixture at which it begins.
+        gain (float): Gain in dB.
+        speed (int): Playback speed in percent.
+    """
+
+    utterance: str
+    start: int
+    length: int
+    offset: int
+    gain: float
+    speed: int = 100
+
+
+class Mixture(NamedTuple):
+    """A mixture: its id, length in samples, and sources."""
+
+    mixture_id: str
+    length: int
+    sources: tuple
+
+
+def draw_mixture(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), mixture_id=""):
+    """Draws a mixture of one utterance of each speaker.
+
+    Utterances are drawn in proportion to their lengths among those that fill the mixture; a
+    speaker who has none such gives a shorter one, set at a random place.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        rng (np.random.Generator): Source of chance.
+        speakers (sequence of str): One speaker a source.
+        length (int): Length in samples.
+        max_gap (float): The loudest source is up to this many dB above each of the others.
+        speeds (sequence of int): Playback speeds in percent to draw from.
+        mixture_id (str): Its id.
+
+    Returns:
+        Mixture: What was drawn.
+    """
+    gaps = rng.uniform(0, max_gap, len(speakers))
+    gaps[rng.integers(len(speakers))] = 0.0
+    sources = []
+    for speaker, gap in zip(speakers, gaps):
+        speed = int(rng.choice(speeds))
+        for _ in range(10):
+            source = _draw_stretch(speech, rng, speaker, length, speed)
+            loudness = np.sqrt(np.mean(_stretch(speech, source) ** 2))
+            if loudness > SILENT:
+                break
+        gain = LEVEL_DB - gap - 20 * np.log10(max(loudness, SILENT))
+        sources.append(source._replace(gain=round(float(gain), 3)))
+    return Mixture(mixture_id, length, tuple(sources))
+
+
+def _draw_stretch(speech, rng, speaker, length, speed):
+    needed = -(-length * speed // 100)
+    keys = speech.by_speaker[speaker]
+    lengths = np.array([speech.utterances[key].length for key in keys])
+    weights = np.maximum(lengths - needed + 1, 0) if lengths.max() >= needed else lengths
+    chosen = rng.choice(len(keys), p=weights / weights.sum())
+    taken = min(needed, int(lengths[chosen]))
+    start = int(rng.integers(lengths[chosen] - taken + 1))
+    spare = length - -(-taken * 100 // speed)
+    offset = int(rng.integers(spare + 1)) if spare > 0 else 0
+    return Source(keys[chosen], start, taken, offset, 0.0, speed)
+
+
+def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0):
+    """Draws a fixed list in which all combinations of speakers are equally frequent.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        n_mixtures (int): Number of mixtures.
+        n_src (int): Number of sources.
+        length (int): Length in samples.
+        seed (int): Seed of the draw.
+        max_gap (float): See `draw_mixture`.
+
+    Returns:
+        list of Mixture: The list.
+
+    Raises:
+        UserError: If there are fewer speakers than sources.
+    """
+    check_speakers(speech, n_src)
+    rng = np.random.default_rng(seed)
+    groups = list(itertools.combinations(speech.by_speaker, n_src))
+    if len(groups) > n_mixtures:
+        groups = [groups[i] for i in rng.choice(len(groups), n_mixtures, replace=False)]
+    return [
+        draw_mixture(speech, rng, group, length, max_gap, mixture_id=f"mix{i:05d}")
+        for i, group in zip(range(n_mixtures), itertools.cycle(groups))
+    ]
+
+
+def check_speakers(speech, n_src):
+    """Raises a `UserError` if there are fewer speakers than sources."""
+    if len(speech.by_speaker) < n_src:
+        raise UserError(
+            f"{speech.path} has {len(speech.by_speaker)} speaker(s); "
+            f"mixtures of {n_src} need at least {n_src}"
+        )
+
+
+def write_list(path, mixtures, sample_rate):
+    """Writes a mixture list: a CSV with one row a mixture and six columns a source."""
+    n_src = len(mixtures[0].sources)
+    header = ["mixture_id", "sample_rate", "length"]
+    header += [f"source_{i}_{name}" for i in range(1, n_src + 1) for name in Source._fields]
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for mixture in mixtures:
+            flat = itertools.chain.from_iterable(mixture.sources)
+            writer.writerow([mixture.mixture_id, sample_rate, mixture.length, *flat])
+
+
+def read_list(path, speech):
+    """Reads a mixture list and checks it against its speech.
+
+    Args:
+        path (str or Path): The CSV file.
+        speech (SpeechDir): Where its utterances are.
+
+    Returns:
+        list of Mixture: The list.
+
+    Raises:
+        UserError: If the file is missing, broken, of another rate, or names what `speech` lacks.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"mixture list {path} cannot be read: {error}") from None
+    if not rows:
+        raise UserError(f"mixture list {path} holds no mixture")
+    mixtures = []
+    for number, row in enumerate(rows, 2):
+        try:
+            mixture, sample_rate = _parse_row(row)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"mixture list {path}, line {number}, is broken") from None
+        if sample_rate != speech.sample_rate:
+            raise UserError(
+                f"mixture list {path} is for {sample_rate} Hz, its speech has "
+                f"{speech.sample_rate} Hz"
+            )
+        for source in mixture.sources:
+            utterance = speech.utterances.get(source.utterance)
+            if utterance is None or source.start + source.length > utterance.length:
+                raise UserError(
+                    f"mixture list {path}, line {number}: {speech.path} does not have that much "
+                    f"of utterance {source.utterance!r}"
+                )
+        mixtures.append(mixture)
+    return mixtures
+
+
+def _parse_row(row):
+    n_src = sum(name.endswith("_utterance") for name in row)
+    sources = []
+    for i in range(1, n_src + 1):
+        fields = {name: row[f"source_{i}_{name}"] for name in Source._fields}
+        numbers = {name: int(fields[name]) for name in ("start", "length", "offset", "speed")}
+        if numbers["start"] < 0 or numbers["length"] < 1 or numbers["offset"] < 0:
+            raise ValueError
+        sources.append(Source(**{**fields, **numbers, "gain": float(fields["gain"])}))
+    if not sources:
+        raise ValueError
+    return Mixture(row["mixture_id"], int(row["length"]), tuple(sources)), int(row["sample_rate"])
+
+
+def render(speech, mixture):
+    """Makes the audio of a mixture.
+
+    Args:
+        speech (SpeechDir): Where its utterances are.
+        mixture (Mixture): What to mix.
+
+    Returns:
+        tuple of torch.Tensor: Mixture, (time,), and its sources, (n_src, time), float32. The
+        mixture is the sum of the sources.
+    """
+    sources = np.zeros((len(mixture.sources), mixture.length), dtype=np.float32)
+    for row, source in zip(sources, mixture.sources):
+        samples = _stretch(speech, source)[: mixture.length - source.offset]
+        row[source.offset : source.offset + len(samples)] = samples * 10 ** (source.gain / 20)
+    sources = torch.from_numpy(sources)
+    return sources.sum(0), sources
+
+
+def _stretch(speech, source):
+    samples = speech.read(source.utterance, source.start, source.length)
+    if source.speed != 100:
+        samples = resample_poly(samples, 100, source.speed).astype(np.float32)
+    return samples
+
+
+class MixtureList(torch.utils.data.Dataset):
+    """The mixtures of a list, mixed on the fly.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        path (str or Path): The list, as `write_list` writes it.
+
+    Shape:
+        Items are (mixture, sources): (time,) and (n_src, time).
+    """
+
+    def __init__(self, speech, path):
+        self.speech = speech
+        self.mixtures = read_list(path, speech)
+        self.sample_rate = speech.sample_rate
+
+    def __len__(self):
+        return len(self.mixtures)
+
+    def __getitem__(self, index):
+        return render(self.speech, self.mixtures[index])
+
+    def describe(self, index):
+        """Who speaks in a mixture: dict of mixture_id, speakers, genders and productions."""
+        mixture = self.mixtures[index]
+        speakers = tuple(self.speech.utterances[s.utterance].speaker for s in mixture.sources)
+        return {
+            "mixture_id": mixture.mixture_id,
+            "speakers": speakers,
+            "genders": tuple(self.speech.spk2gender.get(s, "unknown") for s in speakers),
+            "productions": tuple(self.speech.spk2production.get(s) for s in speakers),
+        }
+
+
+class DynamicMixtures(torch.utils.data.Dataset):
+    """Endless training mixtures: item i is always the same one, and no two are alike.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        n_src (int): Number of sources, of different speakers.
+        length (int): Length in samples.
+        seed (int): Seed; together with the item's number it settles the item.
+        max_gap (float): See `draw_mixture`.
+        speeds (sequence of int): Playback speeds in percent.
+        size (int): What `len` says, the mixtures of one epoch.
+
+    Shape:
+        Items are (mixture, sources): (time,) and (n_src, time).
+    """
+
+    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), size=1):
+        check_speakers(speech, n_src)
+        self.speech = speech
+        self.n_src = n_src
+        self.length = length
+        self.seed = seed
+        self.max_gap = max_gap
+        self.speeds = speeds
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, index])
+        speakers = rng.choice(list(self.speech.by_speaker), self.n_src, replace=False)
+        mixture = draw_mixture(
+            self.speech, rng, speakers, self.length, self.max_gap, self.speeds, str(index)
+        )
+        return render(self.speech, mixture)
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """The numbers of one epoch's mixtures: epoch e of size n has e n to (e + 1) n - 1.
+
+    Together with `DynamicMixtures` it makes a run that continues draw what it would have drawn.
+    Lightning calls `set_epoch`.
+
+    Args:
+        size (int): Mixtures in an epoch, over all processes.
+        rank (int): This process.
+        world_size (int): Number of processes.
+    """
+
+    def __init__(self, size, rank=0, world_size=1):
+        self.size = size
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(range(self.rank, self.size, self.world_size))
+
+    def __iter__(self):
+        first = self.epoch * self.size
+        return iter(range(first + self.rank, first + self.size, self.world_size))

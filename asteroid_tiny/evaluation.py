@@ -1,0 +1,252 @@
+"""How well a model separates: metrics of every mixture, their summary, and examples to hear.
+
+The model separates in the calling process while worker processes compute the metrics, of which
+BSS-eval takes most.
+"""
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from .errors import UserError
+from .files import reason, whole_file, whole_folder
+from .summary import METRICS, summarise
+
+SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
+BSS_TAPS = 512  # of the filters that BSS-eval fits, one for each source
+
+
+def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
+    """Separates every mixture, and writes `metrics.csv`, `summary.json` and `examples/`.
+
+    Args:
+        model (torch.nn.Module): (batch, time) -> (batch, n_src, time), with a `sample_rate`.
+        dataset: Map-style, with a `sample_rate`; `dataset[i]` is (mixture, sources), shaped
+            (time,) and (n_src, time); `dataset.describe(i)` is a dict with `mixture_id`,
+            `speakers`, `genders` ("m", "f" or "unknown") and `productions` (str or None).
+        out_dir (str or Path): Old results there stay until the new ones are complete.
+        device (str): Where the model runs.
+        n_workers (int, optional): Processes for the metrics: as many as usable cores by default,
+            0 for none. A script that uses them needs `if __name__ == "__main__":`.
+        seed (int): Of the bootstrap.
+
+    Returns:
+        dict: The summary, see `summarise`.
+
+    Raises:
+        UserError: If model and dataset do not fit together, the model gives NaN, a worker dies,
+            or `out_dir` cannot be written to.
+    """
+    if len(dataset) == 0:
+        raise UserError("there is nothing to evaluate: the test set holds no mixture")
+    if model.sample_rate != dataset.sample_rate:
+        raise UserError(
+            f"the model works at {model.sample_rate:g} Hz, the test set at "
+            f"{dataset.sample_rate} Hz: take a test set at the model's sample rate"
+        )
+    out_dir = Path(out_dir)
+    try:  # now rather than after an hour
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out_dir} could not be made: {reason(error)}") from error
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        table = _measure_all(model, dataset, device, n_workers)
+        examples = {
+            f"{rank}_{table.mixture_id[i]}": separate(model, dataset, i, device)
+            for rank, i in _ranks(table.si_sdr_i)
+        }
+    finally:
+        model.train(was_training)
+    summary = summarise(table, dataset.sample_rate, seed)
+    with (
+        whole_file(out_dir / "metrics.csv") as csv_file,
+        whole_file(out_dir / "summary.json") as summary_file,
+        whole_folder(out_dir / "examples") as folder,
+    ):
+        table.to_csv(csv_file, index=False, float_format="%.4f")
+        summary_file.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        for name, signals in examples.items():
+            _write_example(folder / re.sub(r"[^\w.-]", "_", name), dataset.sample_rate, *signals)
+    return summary
+
+
+def separate(model, dataset, index, device="cpu"):
+    """Separates one mixture of a dataset; the estimates come in the order of the sources.
+
+    Args:
+        model, dataset, device: As in `evaluate`, the model on the device and in eval mode.
+        index (int): Of the mixture in the dataset.
+
+    Returns:
+        tuple of numpy.ndarray: Mixture (time,), sources and estimates (n_src, time). The order is
+        that with the best mean SI-SDR.
+
+    Raises:
+        UserError: If the estimates are not finite, or not shaped like the sources.
+    """
+    from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
+
+    mixture, sources = dataset[index]
+    name = dataset.describe(index)["mixture_id"]
+    with torch.inference_mode():
+        estimates = model(mixture[None].to(device)).float().cpu()
+    if estimates.shape[1:] != sources.shape:
+        raise UserError(
+            f"mixture {name} has {len(sources)} sources of {len(mixture)} samples, but the model "
+            f"gives {tuple(estimates.shape[1:])}: take a test set with its number of speakers"
+        )
+    if not estimates.isfinite().all():
+        raise UserError(f"the model gives NaN or infinite samples for mixture {name}")
+    best_order = PITLossWrapper(pairwise_neg_sisdr, pit_from="pw_mtx")
+    _, estimates = best_order(estimates, sources[None], return_est=True)
+    return mixture.numpy(), sources.numpy(), estimates[0].numpy()
+
+
+def measure(mixture, sources, estimates, sample_rate):
+    """The metrics of one mixture, averaged over its sources.
+
+    Args:
+        mixture (numpy.ndarray): (time,)
+        sources, estimates (numpy.ndarray): (n_src, time), in the same order.
+        sample_rate (int): In Hz.
+
+    Returns:
+        dict: `input_<metric>` takes the mixture as the estimate, `<metric>_i` is the improvement;
+        dB, but for STOI. NaN for what cannot be computed: everything if a source is silent, STOI
+        and BSS-eval of less than some 0.4 s and 0.2 s. A silent estimate has no BSS-eval, but
+        keeps SI-SDR's floor of -80 dB: it should not better a mean by its absence.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> sources, noise = rng.normal(size=(2, 2, 8000))
+        >>> row = measure(sources.sum(0), sources, sources + 0.1 * noise, sample_rate=8000)
+        >>> round(row["input_si_sdr"]), round(row["si_sdr"]), round(row["si_sdr_i"])
+        (0, 20, 20)
+    """
+    from asteroid.metrics import get_metrics
+
+    mixture, sources, estimates = (np.asarray(x, np.float64) for x in (mixture, sources, estimates))
+    n_src, n_samples = sources.shape
+    found = {}
+    if (sources.var(axis=1) * n_samples > SILENCE).all():
+        groups = [["si_sdr"], ["stoi"]]  # one that fails must not take the others along
+        if n_samples > 2 * n_src * BSS_TAPS:  # else its filters fit anything
+            groups.append(["sdr", "sir", "sar"])
+        for group in groups:
+            with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", RuntimeWarning)  # STOI warns and returns 1e-5
+                with threadpool_limits(1, "blas"):  # more take twice the CPU time, and save none
+                    found |= get_metrics(mixture, sources, estimates, sample_rate, group)
+        found |= {f"{m}_i": found[m] - found[f"input_{m}"] for m in found if f"input_{m}" in found}
+    return {m: x if math.isfinite(x := found.get(m, math.nan)) else math.nan for m in METRICS}
+
+
+def _measure_all(model, dataset, device, n_workers):
+    """One row a mixture, in the order of the dataset (pandas.DataFrame)."""
+    jobs = (
+        (i, *separate(model, dataset, i, device), dataset.sample_rate) for i in range(len(dataset))
+    )
+    if n_workers is None:
+        n_workers = min(_n_usable_cores(), len(dataset))
+    rows, improvements = [None] * len(dataset), []
+    with tqdm(total=len(dataset), unit="mix", desc="Evaluation") as bar:
+        for i, metrics in _in_workers(jobs, n_workers):
+            about = dataset.describe(i)
+            productions = set(about["productions"])
+            rows[i] = {
+                "mixture_id": about["mixture_id"],
+                "speakers": " ".join(about["speakers"]),
+                "genders": " ".join(about["genders"]),
+                "same_production": productions.pop() if len(productions) == 1 else None,
+                **metrics,
+            }
+            if math.isfinite(metrics["si_sdr_i"]):
+                improvements.append(metrics["si_sdr_i"])
+                bar.set_postfix_str(f"SI-SDRi {np.mean(improvements):.2f} dB", refresh=False)
+            bar.update()
+    return pd.DataFrame(rows)
+
+
+def _job(index, *signals):
+    return index, measure(*signals)
+
+
+def _in_workers(jobs, n_workers):
+    """Yields `_job(*job)` of all jobs as they end; only a few jobs are waiting at any time."""
+    if n_workers == 0:
+        yield from (_job(*job) for job in jobs)
+        return
+    # Not "fork", which a GPU does not survive; the fork server imports Asteroid once for all.
+    method = "forkserver" if hasattr(os, "fork") else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["asteroid.metrics"])
+    pool = ProcessPoolExecutor(n_workers, context, _start_worker)
+    running = set()
+    try:
+        for job in jobs:
+            running.add(pool.submit(_job, *job))
+            is_full = len(running) >= 4 * n_workers
+            done, running = wait(running, None if is_full else 0, FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that computes metrics died, often for lack of memory: run the evaluation "
+            f"again with fewer workers than {n_workers}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    """One thread each; Ctrl-C is for the main process; a worker does not outlive that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _n_usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _ranks(improvements):
+    """Which mixture is the worst, the median and the best, of those that could be measured."""
+    order = improvements.dropna().sort_values(kind="stable").index
+    if len(order):
+        yield from (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1]))
+
+
+def _write_example(folder, sample_rate, mixture, sources, estimates):
+    """Writes wav files, all with the same gain: 1, or less where one of them would clip."""
+    folder.mkdir()
+    tracks = {"mixture": mixture}
+    for k, (source, estimate) in enumerate(zip(sources, estimates), start=1):
+        tracks |= {f"s{k}": source, f"estimate_{k}": estimate}
+    gain = 1 / max(1, *(np.abs(track).max() for track in tracks.values()))
+    for name, track in tracks.items():
+        wav = io.BytesIO()  # written from here, a full disk is an OSError that says so
+        soundfile.write(wav, gain * track, sample_rate, format="WAV", subtype="PCM_16")
+        (folder / f"{name}.wav").write_bytes(wav.getvalue())

@@ -1,0 +1,82 @@
+"""Files and folders that appear whole or not at all: write beside, flush to disk, then rename."""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from .errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a temporary path beside `path`, which takes its place once the block has ended well.
+
+    A reader sees the old file or the new one, never a part; a process killed inside the block
+    leaves the old file as it was.
+
+    Args:
+        path (str or Path): The file to write. Its folder is made if there is none.
+
+    Yields:
+        Path: Where to write. The suffix is that of `path`, so that writers that look at it work.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written to.
+
+    Examples:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "notes" / "a.txt"
+        >>> with whole_file(target) as part:
+        ...     _ = part.write_text("all of it")
+        >>> target.read_text()
+        'all of it'
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {reason(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """As `whole_file`, for a folder of folders of files: gives one that takes the place of `path`.
+
+    Args:
+        path (Path): The folder; its parent exists.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written to.
+    """
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
+    try:
+        part.mkdir()
+        yield part
+        for name in part.glob("*/*"):
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {reason(error)}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def reason(error):
+    """The reason of an `OSError` in words a user can act on."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command again"
+    return error.strerror or str(error)

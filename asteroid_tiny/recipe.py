@@ -1,0 +1,197 @@
+"""The stages of a recipe, from speech to results, as functions of a run's folder and settings.
+
+A run lives in one folder::
+
+    conf.yml                 its settings
+    lists/{valid,test}.csv   its mixtures
+    checkpoints/, logs/      its training
+    best_model.pth           the model with the best validation loss, as Asteroid stores models
+    training.json            how it was trained
+    results/                 metrics, summary and examples on the test list
+
+Each stage says what it did; one that is done already says that.
+"""
+
+import hashlib
+import inspect
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from .data import MixtureList, SpeechDir, check_disjoint, draw_list, write_list
+from .data.mixing import check_speakers
+from .errors import UserError
+from .files import whole_file
+from .models import PRESETS
+
+SPLITS = ("train", "valid", "test")
+
+
+def build_model(settings):
+    """The untrained model that the settings ask for.
+
+    Args:
+        settings (dict): Keys of conf.yml; those that are arguments of the model and not None
+            override its preset.
+
+    Raises:
+        UserError: If there is no such preset or a size does not fit the others.
+    """
+    if settings["preset"] not in PRESETS:
+        raise UserError(f"there is no preset {settings['preset']!r}; there are {', '.join(PRESETS)}")
+    model_class, _ = PRESETS[settings["preset"]]
+    arguments = set(inspect.signature(model_class).parameters)
+    sizes = {k: v for k, v in settings.items() if k in arguments and v is not None}
+    try:
+        return model_class.from_preset(settings["preset"], **sizes)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the model cannot be built: {error}") from None
+
+
+def open_split(exp_dir, settings, split):
+    """The `SpeechDir` of a split; its folder may be relative to that of the recipe."""
+    recipe_dir = Path(exp_dir).resolve().parents[1]
+    return SpeechDir(recipe_dir / settings["speech"] / split, settings["sample_rate"])
+
+
+def prepare_speech(exp_dir, settings):
+    """Stage 0: checks the speech, says what there is, and gives credit where it must be seen."""
+    folder = Path(exp_dir).resolve().parents[1] / settings["speech"]
+    if (folder / "SHA256SUMS").exists():
+        verify_checksums(folder)
+    splits = {split: open_split(exp_dir, settings, split) for split in SPLITS}
+    check_disjoint(**splits)
+    for split, speech in splits.items():
+        check_speakers(speech, settings["n_src"])
+        print(
+            f"  {split:5}  {len(speech.by_speaker):4} speakers {len(speech.utterances):6} "
+            f"utterances {speech.minutes():8.1f} minutes"
+        )
+    if (folder / "CREDITS.txt").exists():
+        print((folder / "CREDITS.txt").read_text(encoding="utf-8"))
+
+
+def verify_checksums(folder):
+    """Compares the files of a folder with its SHA256SUMS.
+
+    Raises:
+        UserError: That names the first file that is missing or changed.
+    """
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        wanted, name = line.split(maxsplit=1)
+        path = folder / name.lstrip("*")
+        if not path.is_file():
+            raise UserError(f"{path} is missing; restore it (git checkout -- {path.name})")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+            raise UserError(f"{path} has changed; restore it (git checkout -- {path.name})")
+
+
+def make_lists(exp_dir, settings):
+    """Stage 1: draws the fixed validation and test lists."""
+    length = round(settings["eval_segment"] * settings["sample_rate"])
+    for split in ("valid", "test"):
+        path = Path(exp_dir) / "lists" / f"{split}.csv"
+        speech = open_split(exp_dir, settings, split)
+        if path.exists():
+            print(f"  {split}: {len(MixtureList(speech, path))} mixtures, drawn before")
+            continue
+        mixtures = draw_list(
+            speech,
+            settings[f"n_{split}"],
+            settings["n_src"],
+            length,
+            settings[f"{split}_seed"],
+            settings["max_gap"],
+        )
+        write_list(path, mixtures, settings["sample_rate"])
+        print(f"  {split}: {len(mixtures)} mixtures of {settings['eval_segment']:g} s")
+
+
+def open_list(exp_dir, settings, split):
+    """The `MixtureList` of a split."""
+    path = Path(exp_dir) / "lists" / f"{split}.csv"
+    return MixtureList(open_split(exp_dir, settings, split), path)
+
+
+def train_model(exp_dir, settings):
+    """Stage 2: trains the model, or continues to."""
+    from .training import train  # late: Lightning takes seconds to import
+
+    exp_dir = Path(exp_dir)
+    target = exp_dir / "best_model.pth"
+    if target.exists():
+        print(f"  done before: {target}")
+        return
+    torch.manual_seed(settings["seed"])
+    model = build_model(settings)
+    speech, valid = open_split(exp_dir, settings, "train"), open_list(exp_dir, settings, "valid")
+    began = time.time()
+    outcome = train(model, speech, valid, exp_dir, settings)
+    on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
+    outcome["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
+    outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
+    model.save(target)
+    with whole_file(exp_dir / "training.json") as part:
+        part.write_text(json.dumps(outcome, indent=2) + "\n")
+    print(f"  {outcome['steps']} steps, best validation SI-SDR {outcome['val_si_sdr']:.2f} dB")
+    print(f"  model: {target}")
+
+
+def evaluate_model(exp_dir, settings):
+    """Stage 3: evaluates the model on the test list, writes results and prints the table."""
+    from .evaluation import evaluate
+    from .summary import format_table
+
+    exp_dir = Path(exp_dir)
+    results = exp_dir / "results"
+    if (results / "summary.json").exists():
+        print("  done before")
+        summary = json.loads((results / "summary.json").read_text())
+    else:
+        model_class, _ = PRESETS[settings["preset"]]
+        model = model_class.from_pretrained(str(exp_dir / "best_model.pth"))
+        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
+        summary = evaluate(
+            model,
+            open_list(exp_dir, settings, "test"),
+            results,
+            device="cuda" if on_gpu else "cpu",
+            n_workers=settings["eval_workers"],
+        )
+    print(f"\n{format_table(summary)}\n")
+    print(training_cost(exp_dir, settings))
+    print(f"\n  metrics, summary and examples: {results}")
+
+
+def training_cost(exp_dir, settings):
+    """What the training took in floating-point operations, and what a longer one would take."""
+    model = build_model(settings)
+    per_second = count_macs(model, settings["sample_rate"])
+    seconds = settings["steps"] * settings["batch_size"] * settings["segment"]
+    total = 6 * per_second * seconds  # two operations a MAC, backward twice as dear as forward
+    done = json.loads((Path(exp_dir) / "training.json").read_text())
+    return "\n".join(
+        [
+            f"  {settings['preset']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
+            f"parameters, {per_second / 1e9:.2f} GMAC a second of audio",
+            f"  trained for {done['steps']} steps on {seconds / 3600:.1f} h of mixtures "
+            f"({done['device']}): {total / 1e15:.2f} PFLOP",
+            "  A published result takes some 200 times 100 h of mixtures. For this model that is "
+            f"{6e-18 * per_second * 7.2e7:.1f} EFLOP:",
+            "  about "
+            f"{6 * per_second * 7.2e7 / 50e12 / 3600:.0f} h on a GPU that sustains 50 TFLOP/s "
+            "(arithmetic, not a measurement).",
+        ]
+    )
+
+
+def count_macs(model, n_samples):
+    """Multiply-accumulates of separating so many samples, in whole seconds of 4, per quarter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 4 * n_samples))
+    return counter.get_total_flops() / 2 / 4

@@ -1,0 +1,112 @@
+"""The summary of an evaluation: means of the metrics with intervals, and as a table.
+
+The intervals are percentile bootstrap intervals (Efron & Tibshirani, *An Introduction to the
+Bootstrap*, 1993) that draw speaker pairs, not mixtures: those of one pair are alike, and counting
+each as news would promise too much.
+"""
+
+import textwrap
+
+import numpy as np
+import pandas as pd
+
+# No SAR of the input: a sum of sources has no artifacts, its SAR is rounding noise near 280 dB.
+METRICS = ("input_si_sdr", "si_sdr", "si_sdr_i", "input_sdr", "sdr", "sdr_i")
+METRICS += ("input_sir", "sir", "sir_i", "sar", "input_stoi", "stoi", "stoi_i")
+DRAWS, MIN_PAIRS = 2000, 3  # of the bootstrap
+
+
+def summarise(table, sample_rate, seed=0):
+    """Means and 95 % bootstrap intervals of the metrics, for all mixtures and for groups of them.
+
+    Args:
+        table (pandas.DataFrame): `metrics.csv` as read by pandas.
+        sample_rate (int): In Hz, to be noted.
+        seed (int): Of the bootstrap.
+
+    Returns:
+        dict: Plain JSON. `groups` holds those of "all", "different gender", "same gender",
+        "gender unknown" and "same production" that have mixtures; each counts `n_mixtures`,
+        `n_speakers` and `n_speaker_pairs` (of three speakers: triples), and gives for each metric
+        `mean`, `low`, `high` and `n_missing`. None stands for what cannot be given: a mean of
+        nothing, an interval over fewer than 3 speaker pairs.
+    """
+    genders = table.genders.str.split().map(set)
+    unknown = genders.map(lambda them: "unknown" in them)
+    masks = {
+        "all": pd.Series(True, table.index),
+        "different gender": ~unknown & (genders.map(len) > 1),
+        "same gender": ~unknown & (genders.map(len) == 1),
+        "gender unknown": unknown,
+        "same production": table.same_production.notna(),
+    }
+    groups = {name: _summarise(table[mask], seed) for name, mask in masks.items() if mask.any()}
+    counts = {name: groups["all"][name] for name in ("n_mixtures", "n_speakers", "n_speaker_pairs")}
+    bootstrap = {"unit": "speaker pair", "level": 0.95, "draws": DRAWS, "seed": seed}
+    return {**counts, "sample_rate": sample_rate, "bootstrap": bootstrap, "groups": groups}
+
+
+def _summarise(table, seed):
+    speakers = table.speakers.str.split()
+    pairs = speakers.map(lambda names: " ".join(sorted(names)))
+    summary = {"n_mixtures": len(table), "n_speakers": speakers.explode().nunique()}
+    summary["n_speaker_pairs"] = pairs.nunique()
+    for metric, low, high in _intervals(table[list(METRICS)], pairs, seed):
+        n_missing = int(table[metric].isna().sum())
+        mean = float(table[metric].mean()) if n_missing < len(table) else None
+        summary[metric] = {"mean": mean, "low": low, "high": high, "n_missing": n_missing}
+    return summary
+
+
+def _intervals(values, pairs, seed):
+    """Yields (metric, low, high): 95 % of the means when speaker pairs are drawn anew."""
+    by_pair = values.groupby(pairs)
+    sums, counts = by_pair.sum(), by_pair.count()  # of what is not missing
+    n_pairs = len(sums)
+    rng = np.random.default_rng(seed)
+    times_drawn = rng.multinomial(n_pairs, np.full(n_pairs, 1 / n_pairs), size=DRAWS).astype(float)
+    for metric in values:
+        if (counts[metric] > 0).sum() < MIN_PAIRS:
+            yield metric, None, None
+        else:
+            drawn = times_drawn @ counts[metric].to_numpy()
+            means = (times_drawn @ sums[metric].to_numpy())[drawn > 0] / drawn[drawn > 0]
+            yield metric, *np.percentile(means, (2.5, 97.5)).tolist()
+
+
+def format_table(summary):
+    """The summary as a plain-text table of at most 100 columns.
+
+    Args:
+        summary (dict): What `evaluate` returns.
+
+    Returns:
+        str: One line a group; under it how the intervals were made, and what is missing.
+    """
+    rows = []
+    for group in summary["groups"].values():
+        low, high = (_cell(group, "si_sdr_i", 2, bound) for bound in ("low", "high"))
+        interval = "[too few pairs]" if low == "-" else f"[{low}, {high}]"
+        row = {"n": group["n_mixtures"], "pairs": group["n_speaker_pairs"]}
+        row["SI-SDR in"] = _cell(group, "input_si_sdr", 2)
+        row["SI-SDRi [95 % interval]"] = f"{_cell(group, 'si_sdr_i', 2)} {interval}"
+        row |= {m.upper().replace("_I", "i"): _cell(group, m, 1) for m in ("sdr_i", "sir", "sar")}
+        row["STOI in -> out"] = f"{_cell(group, 'input_stoi', 2)} -> {_cell(group, 'stoi', 2)}"
+        rows.append(row)
+    notes = (
+        "All in dB but STOI. Intervals: percentile bootstrap over the "
+        f"{summary['n_speaker_pairs']} speaker pairs (made of {summary['n_speakers']} speakers), "
+        f"drawn {summary['bootstrap']['draws']} times; pairs share speakers, so new speakers may "
+        "differ by more."
+    )
+    missing = {m: summary["groups"]["all"][m]["n_missing"] for m in ("si_sdr_i", "sdr_i", "stoi_i")}
+    if any(missing.values()):
+        told = ", ".join(f"{m} {n}" for m, n in missing.items() if n)
+        notes += f" Mixtures that no mean counts, since it cannot be computed: {told}."
+    table = pd.DataFrame(rows, index=list(summary["groups"])).to_string()
+    return "\n".join([table, *textwrap.wrap(notes, 99)])
+
+
+def _cell(group, metric, digits, what="mean"):
+    value = group[metric][what]
+    return "-" if value is None else f"{value:.{digits}f}"

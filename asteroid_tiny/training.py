@@ -1,0 +1,256 @@
+"""Training: Asteroid's `System` with a permutation-invariant loss, a schedule counted in steps,
+and checkpoints from which a killed run continues as if nothing had happened.
+
+An "epoch" is a fixed number of steps, after each of which the model is validated and saved.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from asteroid.engine.system import System
+from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader
+
+from .data import DynamicMixtures, EpochSampler
+from .errors import UserError
+from .hub import load_weights_only, save_whole
+
+BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
+
+
+def separation_loss(estimates, sources):
+    """Negative SI-SDR in dB under the best permutation of each item, at least -30, averaged.
+
+    Args:
+        estimates (torch.Tensor): (batch, n_src, time).
+        sources (torch.Tensor): (batch, n_src, time).
+
+    Returns:
+        torch.Tensor: The mean over the batch, a scalar.
+
+    Examples:
+        >>> sources = torch.randn(3, 2, 4000)
+        >>> separation_loss(sources.flip(1), sources)
+        tensor(-30.)
+    """
+    pairwise = pairwise_neg_sisdr(estimates.float(), sources.float())
+    loss, _ = PITLossWrapper.find_best_perm(pairwise)
+    return loss.clamp(min=-BEST_POSSIBLE_DB).mean()
+
+
+class Schedule(torch.optim.lr_scheduler.LRScheduler):
+    """Warm-up, halving on plateau, and a final descent to zero; counted in steps.
+
+    The rate rises linearly over `warmup_steps`, is halved whenever `observe` has seen no better
+    validation loss `patience` times in a row, and over the last `cooldown_steps` of `total_steps`
+    falls linearly to zero.
+
+    Args:
+        optimizer (torch.optim.Optimizer): Whose rates are set.
+        total_steps (int): Steps of the whole training.
+        warmup_steps (int): Steps of the rise.
+        cooldown_steps (int): Steps of the descent; 0 for none.
+        patience (int): Validations without a better loss before the rate is halved.
+    """
+
+    def __init__(self, optimizer, total_steps, warmup_steps=0, cooldown_steps=0, patience=2):
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self.cooldown_steps = cooldown_steps
+        self.patience = patience
+        self.best = float("inf")
+        self.n_worse = 0
+        self.n_halvings = 0
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        step = self.last_epoch + 1  # the step that this rate is for, counted from one
+        factor = 0.5**self.n_halvings
+        if self.warmup_steps:
+            factor *= min(1.0, step / self.warmup_steps)
+        if self.cooldown_steps:
+            factor *= min(1.0, max(0, self.total_steps - step + 1) / self.cooldown_steps)
+        return [base * factor for base in self.base_lrs]
+
+    def observe(self, val_loss):
+        """Takes note of a validation loss (float)."""
+        if val_loss < self.best:
+            self.best, self.n_worse = val_loss, 0
+            return
+        self.n_worse += 1
+        if self.n_worse > self.patience:
+            self.n_halvings, self.n_worse = self.n_halvings + 1, 0
+
+
+class SeparationSystem(System):
+    """Asteroid's `System` with SI-SDR in its logs and a validation loss that all processes share.
+
+    Its batches are (mixtures, sources): (batch, time) and (batch, n_src, time).
+    """
+
+    def training_step(self, batch, batch_nb):
+        loss = self.common_step(batch, batch_nb)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss.item()} at step {self.global_step}; "
+                "try a lower --lr"
+            )
+        self.log("loss", loss)
+        self.log("si_sdr", -loss, prog_bar=True, on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch, batch_nb):
+        loss = self.common_step(batch, batch_nb, train=False)
+        count = len(batch[0])
+        self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=count)
+        self.log("val_si_sdr", -loss, prog_bar=True, sync_dist=True, batch_size=count)
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.lr_schedulers().observe(float(self.trainer.callback_metrics["val_loss"]))
+
+
+class RandomStates(pl.Callback):
+    """Keeps the states of all random generators in the checkpoints."""
+
+    def state_dict(self):
+        version, state, gauss = random.getstate()
+        states = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss]}
+        name, keys, position, has_gauss, cached = np.random.get_state()
+        states["numpy"] = [name, keys.tolist(), position, has_gauss, cached]
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+        return states
+
+    def load_state_dict(self, states):
+        torch.set_rng_state(states["torch"])
+        version, state, gauss = states["python"]
+        random.setstate((version, tuple(state), gauss))
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, and are read without unpickling code."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        save_whole(checkpoint, path)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True):
+        return load_weights_only(path, map_location)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar without its version number, and quiet where nobody watches."""
+
+    def __init__(self):
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 25)
+
+    def get_metrics(self, trainer, model):
+        metrics = super().get_metrics(trainer, model)
+        return {key: value for key, value in metrics.items() if key != "v_num"}
+
+
+def train(model, train_speech, valid_set, exp_dir, conf):
+    """Trains a model, or continues to, and leaves it with the best weights by validation loss.
+
+    Args:
+        model (torch.nn.Module): (batch, time) -> (batch, n_src, time).
+        train_speech (SpeechDir): Speech from which training mixtures are drawn.
+        valid_set (MixtureList): Validation mixtures, all of one length.
+        exp_dir (str or Path): Where `checkpoints/` and `logs/` go; an interrupted training that
+            lies there is continued.
+        conf (dict): The keys of the `data` and `training` sections of conf.yml.
+
+    Returns:
+        dict: `steps`, `val_si_sdr` (best, dB).
+
+    Raises:
+        UserError: If a checkpoint is broken, the disk is full or the loss is no number.
+    """
+    exp_dir = Path(exp_dir)
+    pl.seed_everything(conf["seed"], verbose=False)
+    epochs = max(1, round(conf["steps"] / conf["steps_per_epoch"]))
+    total_steps = epochs * conf["steps_per_epoch"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=conf["lr"], weight_decay=conf["weight_decay"]
+    )
+    schedule = Schedule(
+        optimizer, total_steps, conf["warmup_steps"], conf["cooldown_steps"], conf["patience"]
+    )
+    system = SeparationSystem(
+        model=model,
+        optimizer=optimizer,
+        loss_func=separation_loss,
+        train_loader=training_loader(train_speech, conf),
+        val_loader=DataLoader(valid_set, batch_size=conf["batch_size"]),
+        scheduler={"scheduler": schedule, "interval": "step"},
+        config=conf,
+    )
+    best = ModelCheckpoint(
+        exp_dir / "checkpoints",
+        filename="best",
+        monitor="val_loss",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator=conf["accelerator"],
+        devices=conf["devices"],
+        precision=precision(conf),
+        gradient_clip_val=conf["grad_clip"],
+        default_root_dir=exp_dir,
+        logger=[TensorBoardLogger(exp_dir, "logs"), CSVLogger(exp_dir, "logs")],
+        callbacks=[best, RandomStates(), LearningRateMonitor("step"), ProgressBar()],
+        plugins=[WholeCheckpoints()],
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+    last = exp_dir / "checkpoints" / "last.ckpt"
+    trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
+    weights = load_weights_only(best.best_model_path)["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
+
+
+def training_loader(speech, conf):
+    """Batches of freshly drawn mixtures, `steps_per_epoch` of them an epoch."""
+    size = conf["steps_per_epoch"] * conf["batch_size"]
+    mixtures = DynamicMixtures(
+        speech,
+        conf["n_src"],
+        length=round(conf["segment"] * speech.sample_rate),
+        seed=conf["seed"],
+        max_gap=conf["max_gap"],
+        speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
+        size=size,
+    )
+    return DataLoader(
+        mixtures,
+        batch_size=conf["batch_size"],
+        sampler=EpochSampler(size),
+        num_workers=conf["num_workers"],
+        persistent_workers=conf["num_workers"] > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def precision(conf):
+    """Lightning's name of the precision: bf16 on a GPU unless the configuration says otherwise."""
+    if conf["precision"] != "auto":
+        return conf["precision"]
+    on_gpu = conf["accelerator"] != "cpu" and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu else "32-true"

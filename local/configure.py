@@ -1,0 +1,33 @@
+"""Checks the options, settles the settings of a run, and prints the folder that holds them."""
+
+import sys
+from pathlib import Path
+
+from asteroid_tiny.config import begin_run, merge, parse_options, read_conf
+from asteroid_tiny.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(recipe, tag, *options):
+    recipe_dir = ROOT / "egs" / recipe / "TinySepformer"
+    if not recipe_dir.is_dir():
+        there = ", ".join(sorted(path.parent.name for path in ROOT.glob("egs/*/TinySepformer")))
+        raise UserError(f"there is no recipe {recipe!r}; there are: {there}")
+    settings = read_conf(ROOT / "local" / "conf.yml")
+    settings = merge(settings, read_conf(recipe_dir / "conf.yml"), f"egs/{recipe}/conf.yml")
+    given = parse_options(list(options), settings)
+    settings = merge(settings, given, "options")
+    rate = f"{settings['sample_rate'] / 1000:g}k"
+    tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
+    exp_dir = recipe_dir / "exp" / tag
+    from asteroid_tiny.recipe import build_model  # late: options are checked before torch loads
+
+    build_model(settings)
+    begin_run(exp_dir, settings, given)
+    print(exp_dir)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*sys.argv[1:])
