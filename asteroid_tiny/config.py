@@ -6,6 +6,8 @@ which type; the others override some.
 """
 
 import argparse
+import itertools
+import math
 from pathlib import Path
 
 import yaml
@@ -17,8 +19,23 @@ from .files import whole_file
 OF_THE_MACHINE = ("accelerator", "devices", "num_workers", "eval_workers", "speech")
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
-    "cooldown_steps num_workers eval_workers"
+    "cooldown_steps colour num_workers eval_workers"
 ).split()
+#: Settings with an upper limit, which they may not reach.
+BELOW = {"dropout": 1, "speed_perturb": 100}
+#: Types of the settings that are null by default, where not a whole number.
+OF_NULL = {"dropout": float, "share_layers": bool}
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_conf(path):
@@ -28,10 +45,10 @@ def read_conf(path):
         UserError: If the file is missing or not a mapping of mappings, or a key is there twice.
     """
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 40th of May
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise UserError(f"{path} must consist of sections with 'key: value' lines")
@@ -71,15 +88,19 @@ def _checked(key, value, default, where):
     if value is None and default is None:
         return None
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    kind = type(default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if default is not None and type(value) is not kind:
+    kind = OF_NULL.get(key, int) if default is None else type(default)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)  # a word too: YAML takes 1e-3 for one
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{where}: {key} must be {kinds[kind]}, not {value!r}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        at_least = 0 if key in MAY_BE_ZERO else None
-        if not (value >= 0 if at_least == 0 else value > 0) or value == float("inf"):
-            raise UserError(f"{where}: {key} must be {'at least' if at_least == 0 else 'above'} 0")
+    if kind in (int, float) and (value < 0 or (value == 0 and key not in MAY_BE_ZERO)):
+        bound = "at least" if key in MAY_BE_ZERO else "above"
+        raise UserError(f"{where}: {key} must be {bound} 0, not {value}")
+    if key in BELOW and value >= BELOW[key]:
+        raise UserError(f"{where}: {key} must be below {BELOW[key]}, not {value}")
     return value
 
 
@@ -90,25 +111,20 @@ def parse_options(options, known):
         options (list of str): Names and values in turn.
         known (dict): The settings there are.
     """
-    if len(options) % 2:
-        raise UserError(f"option {options[-1]} needs a value")
     given = {}
-    for name, text in zip(options[::2], options[1::2]):
+    for name, text in itertools.zip_longest(options[::2], options[1::2]):
         key = name.removeprefix("--")
         if not name.startswith("--") or key not in known:
             raise UserError(f"there is no option {name}; ./run.sh --help lists them")
+        if text is None or text.startswith("--"):
+            raise UserError(f"option {name} needs a value")
         if isinstance(known[key], str):
             given[key] = text
             continue
         try:
             given[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             given[key] = text
-        if isinstance(given[key], str) and isinstance(known[key], float):
-            try:
-                given[key] = float(text)  # 1e-3, which YAML takes for a word
-            except ValueError:
-                pass
     return given
 
 

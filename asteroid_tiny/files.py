@@ -44,12 +44,13 @@ def whole_file(path):
     except OSError as error:
         raise UserError(f"{path} could not be written: {reason(error)}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or its folder is none
+            part.unlink()
 
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """As `whole_file`, for a folder of folders of files: gives one that takes the place of `path`.
+    """As `whole_file`, for a folder with all that is in it: gives one that replaces `path`.
 
     Args:
         path (Path): The folder; its parent exists.
@@ -62,10 +63,12 @@ def whole_folder(path):
     try:
         part.mkdir()
         yield part
-        for name in part.glob("*/*"):
-            with open(name, "rb") as file:
-                os.fsync(file.fileno())
+        for name in part.rglob("*"):
+            if name.is_file():
+                with open(name, "rb") as file:
+                    os.fsync(file.fileno())
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         part.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -55,13 +55,14 @@ def model_from_dict(conf, where, classes, **overrides):
     """
     if not isinstance(conf, dict) or not {"model_name", "model_args", "state_dict"} <= set(conf):
         raise UserError(f"{where} is no stored model; model_name, model_args or state_dict lack")
-    if conf["model_name"] not in classes:
+    if conf["model_name"] not in list(classes):  # a list, as the name may not be hashable
         raise UserError(
             f"{where} holds a model of class {conf['model_name']!r}, not {' or '.join(classes)}"
         )
     try:
         model = classes[conf["model_name"]](**{**conf["model_args"], **overrides})
         model.load_state_dict(conf["state_dict"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{where} does not fit its class: {' '.join(str(error).split())}") from None
+    except Exception as error:  # arguments and weights of strangers raise anything
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where} does not fit its class: {what}") from None
     return model

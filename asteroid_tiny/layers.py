@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, chan, n_heads, dropout=0.0):
         super().__init__()
-        if chan % n_heads:
+        if n_heads < 1 or chan % n_heads:
             raise ValueError(f"n_heads ({n_heads}) must divide the attention's {chan} channels")
         self.n_heads = n_heads
         self.dropout = dropout
@@ -308,7 +308,9 @@ class LayerStack(nn.Module):
             (batch, chunks, chunk, chan) -> the same.
         """
         x = x + positions(x, axis)
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        # not while tracing: two traces through a checkpoint differ, which `torch.jit.trace` refuses
+        keeps_none = self.checkpoint_activations and not torch.jit.is_tracing()
+        recompute = keeps_none and torch.is_grad_enabled()
         for _ in range(self.n_times):
             for layer in self.layers:
                 x = checkpoint(layer, x, axis, use_reentrant=False) if recompute else layer(x, axis)

@@ -5,9 +5,11 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 """
 
 import functools
+import inspect
 from pathlib import Path
 
 import asteroid
+import asteroid_filterbanks
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from asteroid_filterbanks import make_enc_dec
 from torch.nn import functional as F
@@ -28,6 +30,7 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
 
     def __init__(self, args, make_layer):
         fb_kwargs = args.pop("fb_kwargs")
+        check_filterbank_arguments(args["fb_name"], fb_kwargs)
         encoder, decoder = make_enc_dec(
             args["fb_name"],
             n_filters=args["n_filters"],
@@ -52,7 +55,8 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             checkpoint_activations=args["checkpoint_activations"],
         )
         super().__init__(encoder, masker, decoder, args["encoder_activation"])
-        self._model_args = {**args, **fb_kwargs}
+        fb_name = getattr(args["fb_name"], "__name__", args["fb_name"])  # a class by its name
+        self._model_args = {**args, **fb_kwargs, "fb_name": fb_name}
 
     @classmethod
     def from_preset(cls, name, n_src=2, sample_rate=8000, **overrides):
@@ -178,6 +182,7 @@ class Sepformer(_DualPathModel):
         ValueError: If a size does not fit the others.
 
     Examples:
+        >>> import torch
         >>> model = Sepformer(n_src=2, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
         >>> model(torch.randn(1, 4321)).shape
         torch.Size([1, 2, 4321])
@@ -286,6 +291,15 @@ class TinySepformer(_DualPathModel):
         super().__init__(_arguments(locals()), make_layer)
 
 
+def check_filterbank_arguments(fb_name, fb_kwargs):
+    """Raises a `UserError` on an argument that the filterbank family would silently swallow."""
+    takers = make_enc_dec, asteroid_filterbanks.get(fb_name)
+    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    for name in fb_kwargs:
+        if name not in known:
+            raise UserError(f"there is no argument {name!r}, of the model or of its filterbank")
+
+
 def _arguments(local_variables):
     """The arguments of a constructor, from its `locals()`."""
     return {
@@ -320,5 +334,7 @@ PRESETS = {
 }
 
 for _model in (Sepformer, TinySepformer):
-    if getattr(asteroid.models, _model.__name__, None) is not _model:
-        asteroid.models.register_model(_model)
+    _known = getattr(asteroid.models, _model.__name__, None)
+    if getattr(_known, "__module__", None) == __name__:  # this module is being reloaded
+        delattr(asteroid.models, _model.__name__)
+    asteroid.models.register_model(_model)

@@ -26,6 +26,8 @@ from .errors import UserError
 from .files import whole_file
 from .models import PRESETS
 
+FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
+GPU_FLOPS = 50e12  # a second, sustained in bf16: what a large GPU may reach with such layers
 SPLITS = ("train", "valid", "test")
 
 
@@ -40,7 +42,9 @@ def build_model(settings):
         UserError: If there is no such preset or a size does not fit the others.
     """
     if settings["preset"] not in PRESETS:
-        raise UserError(f"there is no preset {settings['preset']!r}; there are {', '.join(PRESETS)}")
+        raise UserError(
+            f"there is no preset {settings['preset']!r}; there are {', '.join(PRESETS)}"
+        )
     model_class, _ = PRESETS[settings["preset"]]
     arguments = set(inspect.signature(model_class).parameters)
     sizes = {k: v for k, v in settings.items() if k in arguments and v is not None}
@@ -166,32 +170,42 @@ def evaluate_model(exp_dir, settings):
 
 
 def training_cost(exp_dir, settings):
-    """What the training took in floating-point operations, and what a longer one would take."""
-    model = build_model(settings)
-    per_second = count_macs(model, settings["sample_rate"])
-    seconds = settings["steps"] * settings["batch_size"] * settings["segment"]
-    total = 6 * per_second * seconds  # two operations a MAC, backward twice as dear as forward
+    """What the training took in floating-point operations, and what a full one would take.
+
+    Arithmetic, exact in the operations: two a multiply-accumulate, and a backward pass of twice
+    the forward pass.
+    """
     done = json.loads((Path(exp_dir) / "training.json").read_text())
-    return "\n".join(
-        [
-            f"  {settings['preset']}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-            f"parameters, {per_second / 1e9:.2f} GMAC a second of audio",
-            f"  trained for {done['steps']} steps on {seconds / 3600:.1f} h of mixtures "
-            f"({done['device']}): {total / 1e15:.2f} PFLOP",
-            "  A published result takes some 200 times 100 h of mixtures. For this model that is "
-            f"{6e-18 * per_second * 7.2e7:.1f} EFLOP:",
-            "  about "
-            f"{6 * per_second * 7.2e7 / 50e12 / 3600:.0f} h on a GPU that sustains 50 TFLOP/s "
-            "(arithmetic, not a measurement).",
-        ]
-    )
+    hours = done["steps"] * settings["batch_size"] * settings["segment"] / 3600
+    with torch.device("meta"):  # shapes alone are enough to count
+        models = {"this model": build_model(settings)}
+        models |= {name: of.from_preset(name) for name, (of, _) in PRESETS.items()}
+    lines = [
+        f"Trained for {done['steps']} steps on {hours:.1f} h of mixtures ({done['device']}).",
+        f"On a GPU, give it a larger model and {FULL_HOURS} h of mixtures (such as --preset "
+        "tiny-sepformer-s --segment 4",
+        f"--steps {FULL_HOURS * 3600 // 64} --batch_size 16), at {GPU_FLOPS / 1e12:.0f} TFLOP/s "
+        "sustained (assumed, not measured):",
+    ]
+    for name, model in models.items():
+        macs = count_macs(model)
+        gpu_hours = 6 * macs * FULL_HOURS * 3600 / GPU_FLOPS / 3600
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        lines.append(
+            f"  {name:18} {size:5.2f} M parameters  {macs / 1e9:5.1f} GMAC a second of audio  "
+            f"{gpu_hours:6.1f} h"
+        )
+    return "\n".join(lines)
 
 
-def count_macs(model, n_samples):
-    """Multiply-accumulates of separating so many samples, in whole seconds of 4, per quarter."""
+def count_macs(model):
+    """Multiply-accumulates for one second of audio, the mean over 4 s (float).
+
+    The model must be on the meta device, where attention is made of matrix products to count.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(torch.zeros(1, 4 * n_samples))
+        model(torch.empty(1, 4 * round(model.sample_rate), device="meta"))
     return counter.get_total_flops() / 2 / 4

@@ -4,6 +4,7 @@ and checkpoints from which a killed run continues as if nothing had happened.
 An "epoch" is a fixed number of steps, after each of which the model is validated and saved.
 """
 
+import logging
 import random
 import sys
 from pathlib import Path
@@ -196,14 +197,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         scheduler={"scheduler": schedule, "interval": "step"},
         config=conf,
     )
-    best = ModelCheckpoint(
-        exp_dir / "checkpoints",
-        filename="best",
-        monitor="val_loss",
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+    best = checkpoints(exp_dir, "best", monitor="val_loss")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    board = TensorBoardLogger(exp_dir, "logs")
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator=conf["accelerator"],
@@ -211,8 +207,14 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         precision=precision(conf),
         gradient_clip_val=conf["grad_clip"],
         default_root_dir=exp_dir,
-        logger=[TensorBoardLogger(exp_dir, "logs"), CSVLogger(exp_dir, "logs")],
-        callbacks=[best, RandomStates(), LearningRateMonitor("step"), ProgressBar()],
+        logger=[board, CSVLogger(exp_dir, "logs", version=board.version)],
+        callbacks=[
+            best,
+            checkpoints(exp_dir, "last"),
+            RandomStates(),
+            LearningRateMonitor("step"),
+            ProgressBar(),
+        ],
         plugins=[WholeCheckpoints()],
         log_every_n_steps=10,
         num_sanity_val_steps=0,
@@ -226,6 +228,17 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
 
 
+def checkpoints(exp_dir, name, monitor=None):
+    """Keeps checkpoints/NAME.ckpt: of the last epoch, or of that with the least of a metric."""
+    return ModelCheckpoint(
+        exp_dir / "checkpoints",
+        filename=name,
+        monitor=monitor,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
 def training_loader(speech, conf):
     """Batches of freshly drawn mixtures, `steps_per_epoch` of them an epoch."""
     size = conf["steps_per_epoch"] * conf["batch_size"]
@@ -236,6 +249,7 @@ def training_loader(speech, conf):
         seed=conf["seed"],
         max_gap=conf["max_gap"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
+        spread=conf["colour"],
         size=size,
     )
     return DataLoader(

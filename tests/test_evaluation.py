@@ -16,7 +16,8 @@ import soundfile
 import torch
 
 from asteroid_tiny.errors import UserError
-from asteroid_tiny.evaluation import METRICS, evaluate, format_table, summarise
+from asteroid_tiny.evaluation import evaluate
+from asteroid_tiny.summary import METRICS, format_table, summarise
 
 TEST_SPEECH = Path(__file__).parent.parent / "egs/minispeech/TinySepformer/data/test"
 

@@ -93,13 +93,15 @@ class SpeechDir:
         if optional and not path.exists():
             return {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise UserError(f"{path} is missing; a Kaldi data dir needs it") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text: {error}") from None
+        if "\0" in text:
+            raise UserError(f"{path} cannot be read as text: it is binary")
         table = {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
             fields = line.split(maxsplit=1)
@@ -151,7 +153,7 @@ class SpeechDir:
             try:
                 recording, *times = value.split()
                 start, end = (round(float(time) * self.sample_rate) for time in times)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise UserError(
                     f"{self.path / 'segments'}: {key!r} is not followed by recording, start and end"
                 ) from None
@@ -186,7 +188,7 @@ class RecordingCache:
         part = self._held[path][start:end]
         if part.dtype == np.int16:
             return part.astype(np.float32) / 32768
-        return part
+        return part.copy()
 
     def _bytes(self):
         return sum(samples.nbytes for samples in self._held.values())
@@ -203,6 +205,10 @@ def open_info(path):
         return sf.info(path)
     except sf.LibsndfileError as error:
         raise UserError(f"{path} cannot be read as audio: {error.error_string}") from None
+    except TypeError:  # of soundfile, for the suffix .raw
+        raise UserError(
+            f"{path} is raw, which tells neither rate nor format; convert it to WAV"
+        ) from None
 
 
 def decode(path):
@@ -211,13 +217,18 @@ def decode(path):
     Raises:
         UserError: If the file is broken or holds NaN or infinite samples.
     """
+    info = open_info(path)
     try:
         samples, _ = sf.read(path, dtype="float32")
     except (sf.LibsndfileError, OSError) as error:
         raise UserError(f"{path} cannot be decoded: {error}") from None
+    if len(samples) != info.frames:  # a hole in an Ogg file: all behind it would be shifted
+        raise UserError(
+            f"{path} is damaged: only {len(samples)} of its {info.frames} samples can be decoded"
+        )
     if not np.isfinite(samples).all():
         raise UserError(f"{path} holds samples that are NaN or infinite")
-    if open_info(path).subtype in WIDE_SUBTYPES:
+    if info.subtype in WIDE_SUBTYPES:
         return samples
     return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
+from scipy.signal import oaconvolve, resample_poly
 
 from ..errors import UserError
 from ..files import whole_file
 
 LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
+BANDS = 8  # frequencies at which `colour` draws a response, from 0 to half the sample rate
 SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
 
 
@@ -169,7 +170,7 @@ def read_list(path, speech):
     for number, row in enumerate(rows, 2):
         try:
             mixture, sample_rate = _parse_row(row)
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"mixture list {path}, line {number}, is broken") from None
         if sample_rate != speech.sample_rate:
             raise UserError(
@@ -189,16 +190,20 @@ def read_list(path, speech):
 
 def _parse_row(row):
     n_src = sum(name.endswith("_utterance") for name in row)
+    mixture_length = int(row["length"])
     sources = []
     for i in range(1, n_src + 1):
         fields = {name: row[f"source_{i}_{name}"] for name in Source._fields}
         numbers = {name: int(fields[name]) for name in ("start", "length", "offset", "speed")}
-        if numbers["start"] < 0 or numbers["length"] < 1 or numbers["offset"] < 0:
+        gain = float(fields["gain"])
+        if numbers["start"] < 0 or min(numbers["length"], numbers["speed"]) < 1:
             raise ValueError
-        sources.append(Source(**{**fields, **numbers, "gain": float(fields["gain"])}))
+        if not 0 <= numbers["offset"] < mixture_length or not np.isfinite(gain):
+            raise ValueError
+        sources.append(Source(**{**fields, **numbers, "gain": gain}))
     if not sources:
         raise ValueError
-    return Mixture(row["mixture_id"], int(row["length"]), tuple(sources)), int(row["sample_rate"])
+    return Mixture(row["mixture_id"], mixture_length, tuple(sources)), int(row["sample_rate"])
 
 
 def render(speech, mixture):
@@ -218,6 +223,26 @@ def render(speech, mixture):
         row[source.offset : source.offset + len(samples)] = samples * 10 ** (source.gain / 20)
     sources = torch.from_numpy(sources)
     return sources.sum(0), sources
+
+
+def colour(samples, rng, spread):
+    """Filters a signal as another voice and microphone might: a smooth random frequency response.
+
+    The response is drawn at `BANDS` frequencies and interpolated; the level stays what it was.
+
+    Args:
+        samples (torch.Tensor): (time,).
+        rng (np.random.Generator): Source of chance.
+        spread (float): Standard deviation of the response in dB.
+
+    Returns:
+        torch.Tensor: (time,).
+    """
+    gains = np.interp(np.linspace(0, BANDS - 1, 65), np.arange(BANDS), rng.normal(0, spread, BANDS))
+    taps = np.roll(np.fft.irfft(10 ** (gains / 20)), 64) * np.hanning(128)
+    filtered = oaconvolve(samples.numpy(), taps, mode="same")
+    before, after = (float(np.sqrt(np.mean(x**2))) for x in (samples.numpy(), filtered))
+    return torch.from_numpy((filtered * (before / max(after, 1e-12))).astype(np.float32))
 
 
 def _stretch(speech, source):
@@ -271,13 +296,14 @@ class DynamicMixtures(torch.utils.data.Dataset):
         seed (int): Seed; together with the item's number it settles the item.
         max_gap (float): See `draw_mixture`.
         speeds (sequence of int): Playback speeds in percent.
+        spread (float): Spread of each source's random frequency response in dB, see `colour`.
         size (int): What `len` says, the mixtures of one epoch.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), size=1):
+    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), spread=0, size=1):
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -285,6 +311,7 @@ class DynamicMixtures(torch.utils.data.Dataset):
         self.seed = seed
         self.max_gap = max_gap
         self.speeds = speeds
+        self.spread = spread
         self.size = size
 
     def __len__(self):
@@ -296,7 +323,11 @@ class DynamicMixtures(torch.utils.data.Dataset):
         mixture = draw_mixture(
             self.speech, rng, speakers, self.length, self.max_gap, self.speeds, str(index)
         )
-        return render(self.speech, mixture)
+        mixed, sources = render(self.speech, mixture)
+        if self.spread:
+            sources = torch.stack([colour(source, rng, self.spread) for source in sources])
+            mixed = sources.sum(0)
+        return mixed, sources
 
 
 class EpochSampler(torch.utils.data.Sampler):

@@ -1,0 +1,83 @@
+"""What several test files need: the embedded speech, small data dirs, errors of one sentence."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from asteroid_tiny.data import SpeechDir
+from asteroid_tiny.errors import UserError
+
+DATA = Path(__file__).resolve().parents[1] / "egs" / "minispeech" / "TinySepformer" / "data"
+
+
+@pytest.fixture
+def refused():
+    """A context in which a `UserError` of one line must be raised that contains all words given."""
+
+    @contextlib.contextmanager
+    def context(*words):
+        with pytest.raises(UserError) as caught:
+            yield
+        message = str(caught.value)
+        assert message.isprintable(), f"more than a line: {message!r}"
+        for word in words:
+            assert str(word) in message, message
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """Path of the embedded speech pack, with its data dirs train, valid and test."""
+    if not DATA.exists():
+        pytest.skip("an installed package has no speech pack")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def valid_speech(pack):
+    """The validation split of the pack: four speakers, who stay decoded for all tests."""
+    return SpeechDir(pack / "valid", 8000)
+
+
+@pytest.fixture(scope="session")
+def clips(valid_speech):
+    """Four seconds of each speaker of the validation split, {speaker: int16 samples}."""
+    found = {}
+    for speaker, utterances in valid_speech.by_speaker.items():
+        long = next(u for u in utterances if valid_speech.utterances[u].length >= 32000)
+        samples = valid_speech.read(long, 0, 32000)
+        found[speaker] = np.round(samples * 32768).astype(np.int16)
+    return found
+
+
+@pytest.fixture
+def make_dir(tmp_path):
+    """Writes a Kaldi data dir: a function of recordings and lines of tables, giving its path."""
+
+    def make(recordings, name="speech", rate=8000, suffix="wav", tables=None, **options):
+        """One speaker a recording; `tables` gives tables another content, or none for None.
+
+        Args:
+            recordings (dict): Samples by recording, which is the name of its speaker, too.
+            tables (dict): Text by name of the table.
+            **options: For `soundfile.write`.
+        """
+        folder = tmp_path / name
+        folder.mkdir()
+        for key, samples in recordings.items():
+            sf.write(folder / f"{key}.{suffix}", samples, rate, **options)
+        content = {
+            "wav.scp": "".join(f"{key} {key}.{suffix}\n" for key in recordings),
+            "utt2spk": "".join(f"{key} {key}\n" for key in recordings),
+            **(tables or {}),
+        }
+        for table, text in content.items():
+            if text is not None:
+                (folder / table).write_text(text, encoding="utf-8")
+        return folder
+
+    return make

@@ -1,0 +1,178 @@
+"""Files and folders appear whole or not at all: after errors, on full disks, when killed."""
+
+import errno
+import multiprocessing
+import os
+
+import pytest
+
+from asteroid_tiny.files import whole_file, whole_folder
+
+OLD, NEW = "the old content\n", "the new content\n"
+
+
+@pytest.fixture(params=[whole_file, whole_folder], ids=["file", "folder"])
+def whole(request, tmp_path):
+    """What is alike for files and folders: (context manager, target, write, read)."""
+    if request.param is whole_file:
+        return whole_file, tmp_path / "notes.txt", write_file, read_file
+    return whole_folder, tmp_path / "notes", write_folder, read_folder
+
+
+def write_file(path, text):
+    path.write_text(text)
+
+
+def read_file(path):
+    return path.read_text()
+
+
+def write_folder(path, text):
+    for depth in ("", "one", "one/two/three"):
+        (path / depth).mkdir(parents=True, exist_ok=True)
+        (path / depth / "a.txt").write_text(text)
+
+
+def read_folder(path):
+    texts = [file.read_text() for file in sorted(path.rglob("*")) if file.is_file()]
+    assert len(texts) == 3 and len(set(texts)) == 1, "not all of one writing"
+    return texts[0]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_it_appears_at_the_end_of_the_block(whole):
+    context, target, write, read = whole
+    with context(target) as part:
+        write(part, OLD)
+        assert not target.exists()
+    assert read(target) == OLD
+    with context(target) as part:
+        write(part, NEW)
+        assert read(target) == OLD, "readers have the old one meanwhile"
+    assert read(target) == NEW
+    assert names(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("written_before", [True, False])
+def test_an_interruption_leaves_the_old_one_and_nothing_else(whole, error, written_before):
+    context, target, write, read = whole
+    if written_before:
+        write(target, OLD)
+    with pytest.raises(error):
+        with context(target) as part:
+            write(part, NEW)
+            raise error
+    assert names(target.parent) == [target.name] * written_before
+    assert not written_before or read(target) == OLD
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("when", ["fsync", "writing", "replace"])
+def test_a_full_disk_is_said_and_leaves_the_old_one(whole, refused, monkeypatch, when):
+    context, target, write, read = whole
+    write(target, OLD)
+    if when == "fsync":
+        monkeypatch.setattr(os, "fsync", full_disk)
+    elif when == "replace":
+        monkeypatch.setattr(os, "replace", full_disk)
+        monkeypatch.setattr(type(target), "rename", full_disk)
+    with refused(target, "the disk is full"):
+        with context(target) as part:
+            write(part, NEW)
+            if when == "writing":
+                full_disk()
+    monkeypatch.undo()
+    assert read(target) == OLD
+    assert names(target.parent) == [target.name]
+
+
+def test_all_files_are_on_the_disk_before_the_rename(whole, monkeypatch):
+    context, target, write, read = whole
+    flushed = set()
+
+    def fsync(number):
+        assert not target.exists()
+        flushed.add(os.readlink(f"/proc/self/fd/{number}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with context(target) as part:
+        write(part, NEW)
+        files = {str(path) for path in [part, *part.rglob("*")] if path.is_file()}
+    assert flushed == files
+
+
+def test_other_errors_of_the_system_are_said(whole, refused):
+    context, target, write, _ = whole
+    target.parent.joinpath("file").write_text("in the way")
+    blocked = target.parent / "file" / target.name
+    with refused(blocked, "could not be written"):
+        with context(blocked) as part:
+            write(part, NEW)
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path, refused):
+    (tmp_path / "taken").mkdir()
+    with refused(tmp_path / "taken", "could not be written: Is a directory"):
+        with whole_file(tmp_path / "taken") as part:
+            part.write_text(NEW)
+    assert names(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "none"])
+def test_the_part_has_the_suffix_and_folder_of_the_file(tmp_path, name):
+    target = tmp_path / "made" / "for it" / name
+    with whole_file(str(target)) as part:
+        assert part.name.endswith(target.suffix) and part.parent == target.parent
+        assert part.name.startswith("."), "tables of contents and globs leave it out"
+        part.write_text(NEW)
+    assert target.read_text() == NEW
+
+
+def write_and_wait(context, target, write, begun):
+    with context(target) as part:
+        write(part, NEW)
+        begun.set()
+        multiprocessing.Event().wait()
+
+
+@pytest.mark.parametrize("written_before", [True, False])
+def test_a_killed_process_leaves_the_old_one(whole, written_before):
+    context, target, write, read = whole
+    if written_before:
+        write(target, OLD)
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    process = fork.Process(target=write_and_wait, args=(context, target, write, begun))
+    process.start()
+    assert begun.wait(20)
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    assert target.exists() == written_before
+    assert not written_before or read(target) == OLD
+    left = [name for name in names(target.parent) if name != target.name]
+    assert all(name.startswith(".") and ".part" in name for name in left)
+    with context(target) as part:
+        write(part, NEW)
+    assert read(target) == NEW
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    """In containers process numbers come again: a start after a kill may have the same one."""
+    target = tmp_path / "notes"
+    write_folder(target, OLD)
+    for end in ("part", "old"):
+        left = tmp_path / f".notes.{os.getpid()}.{end}"
+        left.mkdir()
+        (left / "stale.txt").write_text("stale")
+    with whole_folder(target) as part:
+        write_folder(part, NEW)
+    assert read_folder(target) == NEW
+    assert names(tmp_path) == ["notes"]

@@ -1,0 +1,187 @@
+"""Training on real speech: loss, schedule, checkpoints, and what goes wrong."""
+
+import errno
+import math
+import os
+
+import pytest
+import torch
+
+from asteroid_tiny import TinySepformer, UserError
+from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
+from asteroid_tiny.training import Schedule, separation_loss, train
+
+SIZES = dict(n_filters=16, kernel_size=32, stride=16, bn_chan=16, ff_hid=16, n_heads=2)
+DEPTH = dict(chunk_size=20, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
+CONF = dict(
+    n_src=2,
+    segment=0.5,
+    max_gap=5.0,
+    speed_perturb=5,
+    colour=3.0,
+    seed=3,
+    steps=8,
+    steps_per_epoch=2,
+    batch_size=2,
+    lr=1e-3,
+    weight_decay=0.0,
+    grad_clip=5.0,
+    warmup_steps=2,
+    patience=1,
+    cooldown_steps=2,
+    accelerator="cpu",
+    devices=1,
+    precision="auto",
+    num_workers=0,
+)
+
+
+@pytest.fixture(scope="module")
+def speech(pack):
+    return SpeechDir(pack / "train")
+
+
+@pytest.fixture
+def valid(pack, tmp_path):
+    valid = SpeechDir(pack / "valid")
+    write_list(tmp_path / "valid.csv", draw_list(valid, 4, 2, 4000, seed=1), 8000)
+    return MixtureList(valid, tmp_path / "valid.csv")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TinySepformer(2, **SIZES, **DEPTH)
+
+
+def test_the_loss_is_negative_si_sdr_of_the_best_order():
+    sources = torch.randn(2, 3, 800)
+    estimates = sources + 0.1 * torch.randn_like(sources)  # 20 dB
+    loss = separation_loss(estimates, sources)
+    assert loss.item() == pytest.approx(-20, abs=1)
+    assert separation_loss(estimates[:, [2, 0, 1]], sources).item() == pytest.approx(loss.item())
+    assert separation_loss(3 * estimates.bfloat16(), sources).item() == pytest.approx(-20, abs=1)
+
+
+def test_items_beyond_30_db_teach_nothing():
+    sources = torch.randn(1, 2, 800)
+    estimates = (sources + 0.003 * torch.randn_like(sources)).requires_grad_()
+    separation_loss(estimates, sources).backward()
+    assert not estimates.grad.any()
+
+
+def rates(schedule, n_steps, val_losses=None):
+    found = []
+    for step in range(n_steps):
+        found.append(schedule.optimizer.param_groups[0]["lr"])
+        schedule.optimizer.step()
+        schedule.step()
+        if val_losses and (step + 1) % 2 == 0:
+            schedule.observe(val_losses.pop(0))
+    return found
+
+
+def an_optimizer():
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def test_the_schedule_rises_halves_on_plateau_and_falls():
+    schedule = Schedule(an_optimizer(), 20, warmup_steps=4, cooldown_steps=4, patience=1)
+    found = rates(schedule, 20, val_losses=[-1, -2, -1, -1.5, -3, -2, -1, -1, -1, -1])
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[4:8] == [1.0] * 4 and found[8:14] == [0.5] * 6  # -1 and -1.5 are no better than -2
+    assert found[14:16] == [0.25] * 2  # nor are -2 and -1 than -3
+    assert found[16:] == pytest.approx([0.25, 0.1875, 0.0625, 0.03125])  # falls, once more halved
+
+
+def test_the_schedule_goes_on_from_its_state():
+    whole = Schedule(an_optimizer(), 10, 4, 4)
+    expected = rates(whole, 10)
+    first, second = (Schedule(an_optimizer(), 10, 4, 4) for _ in range(2))
+    begun = rates(first, 6)
+    second.load_state_dict(first.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert begun + rates(second, 4) == expected
+
+
+def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid, tmp_path):
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    outcome = train(model, speech, valid, tmp_path / "whole", CONF)
+    assert outcome["steps"] == 8
+    again = TinySepformer(2, **SIZES, **DEPTH)
+    again.load_state_dict(start)
+
+    class Interrupted(Exception):
+        pass
+
+    class Dies:
+        """Speech that is gone in the middle of the third epoch."""
+
+        def __init__(self):
+            self.n_reads = 0
+
+        def __getattr__(self, name):
+            return getattr(speech, name)
+
+        def read(self, *args):
+            self.n_reads += 1
+            if self.n_reads > 2.3 * len(drawn) / 4:
+                raise Interrupted
+            return speech.read(*args)
+
+    drawn = []
+    counting = Dies()
+    counting.read = lambda *args: drawn.append(1) or speech.read(*args)
+    train(TinySepformer(2, **SIZES, **DEPTH), counting, valid, tmp_path / "count", CONF)
+    with pytest.raises(Interrupted):
+        train(again, Dies(), valid, tmp_path / "broken", CONF)
+    last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    resumed = train(TinySepformer(2, **SIZES, **DEPTH), speech, valid, tmp_path / "broken", CONF)
+    assert resumed["val_si_sdr"] == pytest.approx(outcome["val_si_sdr"], abs=1e-4)
+    ends = [
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
+        for run in ("whole", "broken")
+    ]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 8
+    for key, value in ends[0]["state_dict"].items():
+        torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
+    assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
+    assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+def test_the_best_weights_are_given_back(model, speech, valid, tmp_path):
+    outcome = train(model, speech, valid, tmp_path, {**CONF, "lr": 0.3, "warmup_steps": 0})
+    with torch.no_grad():
+        batch = [torch.stack(part) for part in zip(*(valid[i] for i in range(4)))]
+        val_si_sdr = -separation_loss(model.eval()(batch[0]), batch[1]).item()
+    assert val_si_sdr == pytest.approx(outcome["val_si_sdr"], abs=1e-3)
+
+
+def test_a_broken_checkpoint_is_named(model, speech, valid, tmp_path):
+    train(model, speech, valid, tmp_path, {**CONF, "steps": 2})
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"last\.ckpt is broken.*delete it"):
+        train(model, speech, valid, tmp_path, CONF)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(model, speech, valid, tmp_path, monkeypatch):
+    train(model, speech, valid, tmp_path, {**CONF, "steps": 2})
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        train(model, speech, valid, tmp_path, {**CONF, "steps": 4})
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob(".*"))
+
+
+def test_a_loss_that_is_no_number_ends_the_training(model, speech, valid, tmp_path):
+    next(model.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match="loss became nan at step 0"):
+        train(model, speech, valid, tmp_path, CONF)
