@@ -5,16 +5,14 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 """
 
 import functools
-import inspect
 from pathlib import Path
 
 import asteroid
-import asteroid_filterbanks
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
-from asteroid_filterbanks import make_enc_dec
 from torch.nn import functional as F
 
 from .errors import UserError
+from .filterbanks import build_filterbank
 from .hub import load_weights_only, model_from_dict, save_whole
 from .layers import ConvAttentionLayer, TransformerLayer
 from .masker import DualPathMasker
@@ -30,13 +28,13 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
 
     def __init__(self, args, make_layer):
         fb_kwargs = args.pop("fb_kwargs")
-        check_filterbank_arguments(args["fb_name"], fb_kwargs)
-        encoder, decoder = make_enc_dec(
+        encoder, decoder = build_filterbank(
             args["fb_name"],
-            n_filters=args["n_filters"],
-            kernel_size=args["kernel_size"],
-            stride=args["stride"],
-            sample_rate=args["sample_rate"],
+            args["n_filters"],
+            args["kernel_size"],
+            args["stride"],
+            args["sample_rate"],
+            args["fb_init"],
             **fb_kwargs,
         )
         masker = DualPathMasker(
@@ -156,6 +154,8 @@ class Sepformer(_DualPathModel):
         n_filters (int): Number of filters.
         kernel_size (int): Length of the filters in samples.
         stride (int): Hop of the filters in samples.
+        fb_init (str): Start of the filters, ``"random"`` or, for ``"free"`` ones with a hop of half
+            their length, ``"sinusoids"`` (`filterbanks.sinusoid_pairs`).
         encoder_activation (str): Activation after the encoder, by Asteroid's names.
         bn_chan (int): Channels inside the masker, D.
         chunk_size (int): Frames in a chunk.
@@ -195,6 +195,7 @@ class Sepformer(_DualPathModel):
         n_filters=256,
         kernel_size=16,
         stride=8,
+        fb_init="random",
         encoder_activation="relu",
         bn_chan=256,
         chunk_size=250,
@@ -258,6 +259,7 @@ class TinySepformer(_DualPathModel):
         n_filters=256,
         kernel_size=16,
         stride=8,
+        fb_init="random",
         encoder_activation="relu",
         bn_chan=256,
         attn_chan=None,
@@ -289,15 +291,6 @@ class TinySepformer(_DualPathModel):
             dropout=dropout,
         )
         super().__init__(_arguments(locals()), make_layer)
-
-
-def check_filterbank_arguments(fb_name, fb_kwargs):
-    """Raises a `UserError` on an argument that the filterbank family would silently swallow."""
-    takers = make_enc_dec, asteroid_filterbanks.get(fb_name)
-    known = {name for taker in takers for name in inspect.signature(taker).parameters}
-    for name in fb_kwargs:
-        if name not in known:
-            raise UserError(f"there is no argument {name!r}, of the model or of its filterbank")
 
 
 def _arguments(local_variables):

@@ -249,7 +249,7 @@ def training_loader(speech, conf):
         seed=conf["seed"],
         max_gap=conf["max_gap"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
-        spread=conf["colour"],
+        colour=conf["colour"],
         size=size,
     )
     return DataLoader(

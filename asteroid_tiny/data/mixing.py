@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import oaconvolve, resample_poly
+from scipy.signal import oaconvolve, resample_poly, welch
 
 from ..errors import UserError
 from ..files import whole_file
 
 LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
-BANDS = 8  # frequencies at which `colour` draws a response, from 0 to half the sample rate
+BANDS = 16  # of `same_colour`, from 0 to half the sample rate
+MOST_GAIN = 24.0  # dB by which it may raise or lower a band
 SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
 
 
@@ -225,24 +226,33 @@ def render(speech, mixture):
     return sources.sum(0), sources
 
 
-def colour(samples, rng, spread):
-    """Filters a signal as another voice and microphone might: a smooth random frequency response.
+def same_colour(sources, rng, spread):
+    """Filters the sources of a mixture so that all have one long-term spectrum, drawn at random.
 
-    The response is drawn at `BANDS` frequencies and interpolated; the level stays what it was.
+    Where speakers are few and each has a microphone of his own, a model learns to tell the
+    microphones apart and fails with others. After this, only the voices differ.
 
     Args:
-        samples (torch.Tensor): (time,).
+        sources (torch.Tensor): (n_src, time).
         rng (np.random.Generator): Source of chance.
-        spread (float): Standard deviation of the response in dB.
+        spread (float): Standard deviation in dB, at each of `BANDS`, of the drawn spectrum about
+            one that falls by 12 dB to half the sample rate.
 
     Returns:
-        torch.Tensor: (time,).
+        torch.Tensor: (n_src, time); the level of each source stays what it was.
     """
-    gains = np.interp(np.linspace(0, BANDS - 1, 65), np.arange(BANDS), rng.normal(0, spread, BANDS))
-    taps = np.roll(np.fft.irfft(10 ** (gains / 20)), 64) * np.hanning(128)
-    filtered = oaconvolve(samples.numpy(), taps, mode="same")
-    before, after = (float(np.sqrt(np.mean(x**2))) for x in (samples.numpy(), filtered))
-    return torch.from_numpy((filtered * (before / max(after, 1e-12))).astype(np.float32))
+    wanted = np.linspace(0, -12, BANDS) + rng.normal(0, spread, BANDS)
+    filtered = []
+    for samples in sources.numpy().astype(np.float64):
+        _, power = welch(samples, nperseg=256)
+        own = 10 * np.log10(power[:-1].reshape(BANDS, -1).mean(axis=1) + 1e-12)
+        gains = wanted - (own - own.mean())
+        gains = np.clip(gains - gains.mean(), -MOST_GAIN, MOST_GAIN)
+        response = np.interp(np.linspace(0, BANDS - 1, 65), np.arange(BANDS), gains)
+        taps = np.roll(np.fft.irfft(10 ** (response / 20)), 64) * np.hanning(128)
+        new = oaconvolve(samples, taps, mode="same")
+        filtered.append(new * np.sqrt(np.mean(samples**2) / max(np.mean(new**2), 1e-12)))
+    return torch.from_numpy(np.stack(filtered).astype(np.float32))
 
 
 def _stretch(speech, source):
@@ -296,14 +306,14 @@ class DynamicMixtures(torch.utils.data.Dataset):
         seed (int): Seed; together with the item's number it settles the item.
         max_gap (float): See `draw_mixture`.
         speeds (sequence of int): Playback speeds in percent.
-        spread (float): Spread of each source's random frequency response in dB, see `colour`.
+        colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
         size (int): What `len` says, the mixtures of one epoch.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), spread=0, size=1):
+    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), colour=0, size=1):
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -311,7 +321,7 @@ class DynamicMixtures(torch.utils.data.Dataset):
         self.seed = seed
         self.max_gap = max_gap
         self.speeds = speeds
-        self.spread = spread
+        self.colour = colour
         self.size = size
 
     def __len__(self):
@@ -324,8 +334,8 @@ class DynamicMixtures(torch.utils.data.Dataset):
             self.speech, rng, speakers, self.length, self.max_gap, self.speeds, str(index)
         )
         mixed, sources = render(self.speech, mixture)
-        if self.spread:
-            sources = torch.stack([colour(source, rng, self.spread) for source in sources])
+        if self.colour:
+            sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)
         return mixed, sources
 

@@ -1,0 +1,280 @@
+"""Layers, stacks and chunks: their equations, sharing, checkpointing."""
+
+import math
+
+import asteroid
+import numpy as np
+import pytest
+import torch
+from memory import SavedBytes, saved_bytes
+from small import both_axes, both_classes, first_layer, n_parameters, shaken, small
+from torch import nn
+from torch.nn import functional as F
+
+from asteroid_tiny.layers import (
+    INTER,
+    INTRA,
+    NORM_EPS,
+    ConvAttentionLayer,
+    FeedForward,
+    LayerStack,
+    TransformerLayer,
+    normalise,
+    positions,
+)
+from asteroid_tiny.masker import GlobalNorm, join_chunks, split_chunks
+
+
+def reference_convolution(conv, x):
+    """Depthwise, then pointwise convolution of (length, chan) by plain `nn.Conv1d`."""
+    chan = x.shape[1]
+    kernel_size = conv.depthwise.kernel_size[0]
+    depthwise = nn.Conv1d(chan, chan, kernel_size, padding=kernel_size // 2, groups=chan).double()
+    depthwise.load_state_dict(conv.depthwise.state_dict())
+    pointwise = nn.Conv1d(chan, chan, 1).double()
+    pointwise.weight.data = conv.pointwise.weight[:, :, None]
+    pointwise.bias.data = conv.pointwise.bias
+    return pointwise(depthwise(x.T[None]))[0].T
+
+
+def reference_attention(attention, x):
+    """Attention over (length, chan) by `nn.MultiheadAttention`."""
+    peer = nn.MultiheadAttention(x.shape[1], attention.n_heads, batch_first=True).double()
+    projections = attention.query, attention.key, attention.value
+    peer.in_proj_weight.data = torch.cat([p.weight for p in projections])
+    peer.in_proj_bias.data = torch.cat([p.bias for p in projections])
+    peer.out_proj.load_state_dict(attention.out.state_dict())
+    return peer(x[None], x[None], x[None])[0][0]
+
+
+def reference_layer(layer, x):
+    """`ConvAttentionLayer` on one sequence (length, chan), by the equations of its docstring."""
+
+    def norm(module, x):
+        return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+
+    d_a = layer.attention.query.in_features
+    h_n = norm(layer.norm, x)
+    paths = [(h_n[:, :d_a], reference_attention(layer.attention, h_n[:, :d_a]))]
+    if d_a < x.shape[1]:
+        paths.append((h_n[:, d_a:], reference_convolution(layer.conv, h_n[:, d_a:])))
+    if layer.path_norms is None:
+        outputs = [out for _, out in paths]
+    else:
+        outputs = [norm(n, part + out) for n, (part, out) in zip(layer.path_norms, paths)]
+    h = x + torch.cat(outputs, dim=1)
+    feed_forward = layer.feed_forward
+    return h + feed_forward.narrow(feed_forward.widen(norm(feed_forward.norm, h)).relu())
+
+
+@both_axes
+@pytest.mark.parametrize("path_norm", [True, False])
+@pytest.mark.parametrize("attn_chan", [8, 4, 12, 16])
+def test_conv_attention_layer_computes_its_equations(axis, path_norm, attn_chan):
+    layer = ConvAttentionLayer(16, 4, 24, attn_chan, conv_kernel_size=5, path_norm=path_norm)
+    layer = shaken(layer).double()
+    x = torch.randn(2, 6, 9, 16, dtype=torch.double, requires_grad=True)
+    y = torch.empty_like(x)
+    if axis == INTRA:
+        for i, j in np.ndindex(2, 6):
+            y[i, j] = reference_layer(layer, x[i, j])
+    else:
+        for i, j in np.ndindex(2, 9):
+            y[i, :, j] = reference_layer(layer, x[i, :, j])
+    out = layer(x, axis)
+    assert torch.allclose(out, y)
+    direction = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(out, x, direction)
+    (expected,) = torch.autograd.grad(y, x, direction)
+    assert torch.allclose(grad, expected)
+
+
+def test_attention_on_all_channels_leaves_the_convolution_out():
+    layer = ConvAttentionLayer(16, 4, 24, attn_chan=16)
+    assert layer.conv is None and len(layer.path_norms) == 1
+    assert not any("conv" in name for name, _ in layer.named_parameters())
+    # without the norm of the sum what is left is the plain layer of SepFormer
+    layer = shaken(ConvAttentionLayer(16, 4, 24, attn_chan=16, path_norm=False))
+    plain = TransformerLayer(16, 4, 24)
+    weights = {
+        k.replace("norm.", "attention_norm.", 1) if k.startswith("norm.") else k: v
+        for k, v in layer.state_dict().items()
+    }
+    plain.load_state_dict(weights)
+    x = torch.randn(1, 5, 7, 16)
+    assert torch.allclose(layer(x, INTER), plain(x, INTER), atol=1e-6)
+
+
+@both_axes
+@pytest.mark.parametrize("kind", ["attention", "conv"])
+def test_paths_see_along_their_axis_and_nowhere_else(axis, kind):
+    layer = ConvAttentionLayer(16, 4, 24, conv_kernel_size=3)
+    path = getattr(layer, kind)
+    x = torch.randn(1, 6, 7, 8)
+    moved = x.clone()
+    moved[0, 2, 3] += 1.0
+    changed = (path(moved, axis) != path(x, axis)).any(-1)[0]
+    reach = 1 if kind == "conv" else 10
+    expected = torch.zeros(6, 7, dtype=torch.bool)
+    if axis == INTRA:
+        expected[2, max(0, 3 - reach) : 3 + reach + 1] = True
+    else:
+        expected[max(0, 2 - reach) : 2 + reach + 1, 3] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_normalise_is_layer_norm_in_value_and_gradient(scale):
+    x = (scale * torch.randn(3, 4, 8, dtype=torch.double)).requires_grad_()
+    y = normalise(x)
+    expected = F.layer_norm(x, (8,), eps=NORM_EPS)
+    assert type(y.grad_fn).__name__ == "_NormaliseBackward"
+    assert torch.allclose(y, expected)
+    direction = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(y, x, direction)
+    (expected_grad,) = torch.autograd.grad(expected, x, direction)
+    assert torch.allclose(grad, expected_grad, rtol=1e-3, atol=1e-6 / scale)
+    with torch.no_grad():
+        assert torch.allclose(normalise(x), expected)
+
+
+def test_normalise_passes_gradcheck():
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(normalise, x, eps=1e-6, atol=1e-5)
+    transposed = x.transpose(1, 2)  # no longer contiguous
+    assert torch.autograd.gradcheck(lambda x: normalise(x).transpose(1, 2), transposed, atol=1e-5)
+
+
+def test_feed_forward_is_plain_in_value_and_gradients_and_keeps_less():
+    ours = shaken(FeedForward(16, 32))
+    peer = nn.Sequential(
+        nn.LayerNorm(16, eps=NORM_EPS), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)
+    )
+    for part, twin in zip((ours.norm, ours.widen, ours.narrow), (peer[0], peer[1], peer[3])):
+        twin.load_state_dict(part.state_dict())
+    outputs, gradients, kept = [], [], []
+    signal, direction = torch.randn(2, 100, 16), torch.randn(2, 100, 16)
+    for module in (ours, peer):
+        x = signal.clone().requires_grad_()
+        saved = SavedBytes(module)
+        with saved.count():
+            # the input is the result of a sum, as in the layers, so that only the norm may keep it
+            y = module(x + 0)
+        grads = torch.autograd.grad(y, [x, *module.parameters()], direction)
+        outputs.append(y)
+        gradients.append(grads)
+        kept.append(saved.total)
+    assert torch.allclose(*outputs, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients))
+    assert kept[0] < kept[1]
+
+
+def test_positions_are_the_sinusoids_of_vaswani():
+    expected = torch.empty(7, 6)
+    for place in range(7):
+        for i in range(3):
+            angle = place / 10000 ** (2 * i / 6)
+            expected[place, 2 * i], expected[place, 2 * i + 1] = math.sin(angle), math.cos(angle)
+    x = torch.zeros(2, 5, 7, 6)
+    assert torch.allclose(x + positions(x, INTRA), expected.expand(2, 5, 7, 6), atol=1e-6)
+    x = torch.zeros(2, 7, 5, 6)
+    expected = expected[:, None].expand(2, 7, 5, 6)
+    assert torch.allclose(x + positions(x, INTER), expected, atol=1e-6)
+
+
+@both_axes
+def test_a_stack_is_positions_then_its_layers_then_a_norm(axis):
+    stack = shaken(LayerStack(lambda: TransformerLayer(16, 2, 24), 2, 16))
+    x = torch.randn(2, 5, 6, 16)
+    expected = x + positions(x, axis)
+    for layer in stack.layers:
+        expected = layer(expected, axis)
+    assert torch.allclose(stack(x, axis), stack.norm(expected), atol=1e-6)
+    # without positions, a stack of attention alone would not notice the order
+    order = torch.randperm(x.shape[axis])
+    shuffled = stack(x.index_select(axis, order), axis)
+    assert not torch.allclose(shuffled, stack(x, axis).index_select(axis, order), atol=1e-2)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_global_norm_is_asteroids(per_frame):
+    norm = shaken(GlobalNorm(6, per_frame))
+    peer = asteroid.masknn.norms.get("cLN" if per_frame else "gLN")(6)
+    peer.gamma.data, peer.beta.data = norm.weight.data, norm.bias.data
+    x = 3 * torch.randn(2, 11, 6) + 1
+    assert torch.allclose(norm(x), peer(x.transpose(1, 2)).transpose(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "chunk_size, hop_size", [(8, 4), (8, 2), (8, 8), (6, 1), (250, 125), (1, 1), (2, 1), (12, 3)]
+)
+def test_chunks_are_slices_that_add_up_again(chunk_size, hop_size):
+    n_hops = chunk_size // hop_size
+    for n_frames in [*range(1, 3 * min(chunk_size, 20) + 2), 249, 250, 251, 375, 1003]:
+        x = torch.randint(-9, 10, (2, n_frames, 3)).double()
+        chunks = split_chunks(x, chunk_size, hop_size)
+        assert chunks.shape[2:] == (chunk_size, 3)
+        # chunk c begins hop_size * c - (chunk_size - hop_size) frames into the signal
+        lead = chunk_size - hop_size
+        padded = F.pad(x, (0, 0, lead, len(chunks[0]) * hop_size + chunk_size))
+        for c in (0, len(chunks[0]) // 2, len(chunks[0]) - 1):
+            assert torch.equal(chunks[:, c], padded[:, c * hop_size :][:, :chunk_size])
+        assert torch.equal(join_chunks(chunks, n_frames, hop_size), n_hops * x)
+
+
+def make_conv_attention_layer():
+    return shaken(ConvAttentionLayer(16, 2, 24, conv_kernel_size=3))
+
+
+@both_axes
+def test_a_shared_stack_is_one_layer_applied_again_and_again(axis):
+    shared = shaken(LayerStack(make_conv_attention_layer, 4, 16, share_layers=True)).double()
+    unshared = LayerStack(make_conv_attention_layer, 4, 16).double()
+    assert len(shared.layers) == 1 and len(unshared.layers) == 4
+    for layer in unshared.layers:
+        layer.load_state_dict(shared.layers[0].state_dict())
+    unshared.norm.load_state_dict(shared.norm.state_dict())
+    x = torch.randn(2, 5, 6, 16, dtype=torch.double)
+    out, expected = shared(x, axis), unshared(x, axis)
+    assert torch.allclose(out, expected)
+    direction = torch.randn_like(out)
+    out.backward(direction)
+    expected.backward(direction)
+    for name, parameter in shared.layers[0].named_parameters():
+        total = sum(layer.get_parameter(name).grad for layer in unshared.layers)
+        assert torch.allclose(parameter.grad, total), name
+
+
+@both_classes
+def test_models_share_inside_a_stack_only(model_class):
+    n_layer = n_parameters(first_layer(small(model_class)))
+    shared = small(model_class, share_layers=True)
+    unshared = small(model_class, share_layers=False)
+    assert n_parameters(unshared) - n_parameters(shared) == 4 * n_layer  # of 8 layers 4 remain
+    layers = [stack.layers[0] for stack in [*shared.masker.intra, *shared.masker.inter]]
+    assert len({id(layer) for layer in layers}) == 4
+
+
+@both_classes
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointing_changes_neither_outputs_nor_gradients(model_class, dropout):
+    kept = small(model_class, dropout=dropout).train()
+    recomputed = model_class.from_pretrained(kept.serialize(), checkpoint_activations=True).train()
+    mixture = torch.randn(2, 500)
+    direction = torch.randn(2, 2, 500)
+    outputs = []
+    for model in (kept, recomputed):
+        torch.manual_seed(1)  # the same dropout
+        outputs.append(model(mixture))
+        outputs[-1].backward(direction)
+    assert torch.allclose(*outputs, atol=1e-6)
+    for (name, a), b in zip(kept.named_parameters(), recomputed.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
+
+
+@both_classes
+def test_checkpointing_saves_memory(model_class):
+    sizes = dict(n_intra_layers=6, n_inter_layers=6, ff_hid=128)
+    kept = saved_bytes(small(model_class, **sizes), 8000)
+    recomputed = saved_bytes(small(model_class, checkpoint_activations=True, **sizes), 8000)
+    assert recomputed <= 0.25 * kept
