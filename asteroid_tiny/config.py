@@ -16,7 +16,7 @@ from .errors import UserError
 from .files import whole_file
 
 #: Settings that may differ between two starts of one run.
-OF_THE_MACHINE = ("accelerator", "devices", "num_workers", "eval_workers", "speech")
+OF_THE_MACHINE = ("accelerator", "num_workers", "eval_workers", "speech")
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps colour num_workers eval_workers"

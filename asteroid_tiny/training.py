@@ -203,7 +203,7 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator=conf["accelerator"],
-        devices=conf["devices"],
+        devices=1,
         precision=precision(conf),
         gradient_clip_val=conf["grad_clip"],
         default_root_dir=exp_dir,

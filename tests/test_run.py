@@ -145,3 +145,19 @@ def test_a_killed_run_continues_and_ends_alike(tag):
     finally:
         for name in (whole, killed):
             shutil.rmtree(EXP / name, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_default_run_separates_speakers_it_never_heard(tag):
+    began = time.monotonic()
+    done = subprocess.run(
+        command("--stage", "0", "--tag", tag, "--accelerator", "cpu"),
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout[-3000:], f"\n{(time.monotonic() - began) / 60:.1f} minutes")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((EXP / tag / "results" / "summary.json").read_text())
+    improvement = summary["groups"]["all"]["si_sdr_i"]
+    assert summary["n_mixtures"] >= 300
+    assert improvement["mean"] > 0.5

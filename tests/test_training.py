@@ -30,7 +30,6 @@ CONF = dict(
     patience=1,
     cooldown_steps=2,
     accelerator="cpu",
-    devices=1,
     precision="auto",
     num_workers=0,
 )

@@ -1,0 +1,50 @@
+"""The package as users install it: a wheel, not a link to this folder."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRY = """
+import asteroid, torch, asteroid_tiny
+assert "site" in asteroid_tiny.__file__, asteroid_tiny.__file__
+model = asteroid.models.get("TinySepformer").from_preset("tiny-sepformer-xs")
+print(tuple(model(torch.zeros(1, 4000)).shape))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "asteroid_tiny"):
+        subprocess.run(["cp", "-R", ROOT / name, source], check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source]
+    subprocess.run(pip, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_code_and_no_speech(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "asteroid_tiny/data/mixing.py" in names
+    assert not [name for name in names if name.endswith(".ogg") or name.startswith("egs")]
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_what_the_wheel_installs_can_be_used(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
+    subprocess.run(pip, check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRY],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 2, 4000)"
