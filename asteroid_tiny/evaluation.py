@@ -77,9 +77,9 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
     finally:
         model.train(was_training)
     summary = summarise(table, dataset.sample_rate, seed)
-    with (
-        whole_file(out_dir / "metrics.csv") as csv_file,
+    with (  # the summary, first to be opened, is the last to take its place: then all is there
         whole_file(out_dir / "summary.json") as summary_file,
+        whole_file(out_dir / "metrics.csv") as csv_file,
         whole_folder(out_dir / "examples") as folder,
     ):
         table.to_csv(csv_file, index=False, float_format="%.4f")

@@ -230,8 +230,8 @@ class TinySepformer(_DualPathModel):
 
     - *Sizes.* D = 256 with D_a = D_c = 128, feed-forward 1024, 8 heads is the only split that
       gives both published parameter counts (20.0 M and 5.3 M).
-    - *Convolution kernel.* Any odd size from 3 to 33 fits those counts; 15 is the default, so
-      that the two stages of attention see local context of 15 frames without much cost.
+    - *Convolution kernel.* Any odd size from 3 to 33 fits those counts; 15 is the default, some
+      local context at little cost. It was not compared with other sizes yet.
     - *Norms.* Each path normalises its sum, in the form of an independent re-implementation;
       ``path_norm=False`` gives the plain pre-norm layer.
     - *Positions* are added once a stack, and norms and skips stand around the stacks, as in

@@ -136,9 +136,9 @@ def train_model(exp_dir, settings):
     on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
     outcome["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
-    model.save(target)
     with whole_file(exp_dir / "training.json") as part:
         part.write_text(json.dumps(outcome, indent=2) + "\n")
+    model.save(target)  # last: it says that the training is done
     print(f"  {outcome['steps']} steps, best validation SI-SDR {outcome['val_si_sdr']:.2f} dB")
     print(f"  model: {target}")
 

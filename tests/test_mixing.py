@@ -17,7 +17,7 @@ from asteroid_tiny.data import (
     read_list,
     write_list,
 )
-from asteroid_tiny.data.mixing import LEVEL_DB, SILENT, draw_mixture, render
+from asteroid_tiny.data.mixing import LEVEL_DB, SILENT, draw_mixture, render, same_colour
 
 RATE = 8000
 RNG = np.random.default_rng(0)
@@ -366,3 +366,36 @@ def test_describe_without_tables(make_dir, mixture_list):
         "genders": ("unknown", "unknown"),
         "productions": (None, None),
     }
+
+
+def spectrum(samples):
+    """Level in dB of 16 bands, without the overall level."""
+    power = np.abs(np.fft.rfft(np.asarray(samples, dtype=np.float64))) ** 2
+    bands = 10 * np.log10(np.array([band.mean() for band in np.array_split(power[1:], 16)]))
+    return bands - bands.mean()
+
+
+def test_same_colour_leaves_the_voices_but_not_the_microphones(valid_speech):
+    mixture = draw_list(valid_speech, 6, 2, 32000, seed=5)[0]
+    _, sources = render(valid_speech, mixture)
+    even = same_colour(sources, np.random.default_rng(0), 6.0)
+    before = np.abs(spectrum(sources[0]) - spectrum(sources[1])).mean()
+    after = np.abs(spectrum(even[0]) - spectrum(even[1])).mean()
+    assert after < 0.5 * before
+    for old, new in zip(sources, even):
+        assert level(new.numpy()) == pytest.approx(level(old.numpy()), abs=0.01)
+        assert np.corrcoef(np.abs(old), np.abs(new))[0, 1] > 0.3  # loud where it was loud
+    again = same_colour(sources, np.random.default_rng(0), 6.0)
+    other = same_colour(sources, np.random.default_rng(1), 6.0)
+    assert torch.equal(even, again) and not torch.allclose(even, other)
+
+
+def test_same_colour_takes_silence_and_short_signals():
+    assert not same_colour(torch.zeros(2, 300), np.random.default_rng(0), 6.0).any()
+    assert same_colour(torch.randn(3, 256), np.random.default_rng(0), 6.0).isfinite().all()
+
+
+def test_training_mixtures_of_one_colour_are_still_sums(valid_speech):
+    mixed, sources = DynamicMixtures(valid_speech, 2, 8000, seed=0, colour=6.0)[3]
+    plain, _ = DynamicMixtures(valid_speech, 2, 8000, seed=0)[3]
+    assert torch.equal(mixed, sources.sum(0)) and not torch.allclose(mixed, plain)
