@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -169,7 +170,8 @@ def _measure_all(model, dataset, device, n_workers):
     if n_workers is None:
         n_workers = min(_n_usable_cores(), len(dataset))
     rows, improvements = [None] * len(dataset), []
-    with tqdm(total=len(dataset), unit="mix", desc="Evaluation") as bar:
+    pace = 0.1 if sys.stderr.isatty() else 15  # seconds between two looks of the bar
+    with tqdm(total=len(dataset), unit="mix", desc="Evaluation", mininterval=pace) as bar:
         for i, metrics in _in_workers(jobs, n_workers):
             about = dataset.describe(i)
             productions = set(about["productions"])
