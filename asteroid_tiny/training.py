@@ -81,7 +81,7 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def observe(self, val_loss):
-        """Takes note of a validation loss (float)."""
+        """Takes note of a validation loss (float), which counts from the next `step` on."""
         if val_loss < self.best:
             self.best, self.n_worse = val_loss, 0
             return
@@ -112,6 +112,10 @@ class SeparationSystem(System):
         count = len(batch[0])
         self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=count)
         self.log("val_si_sdr", -loss, prog_bar=True, sync_dist=True, batch_size=count)
+
+    def on_load_checkpoint(self, checkpoint):
+        # before the first batch is drawn: worker processes begin with that ahead of Lightning
+        self.train_loader.sampler.set_epoch(checkpoint["global_step"] // len(self.train_loader))
 
     def on_validation_epoch_end(self):
         super().on_validation_epoch_end()

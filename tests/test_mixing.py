@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from sounds import NOISE, RATE, RNG, level, peak_frequency, tone
 from torch.utils.data import DataLoader
 
 from asteroid_tiny.data import (
@@ -18,24 +19,6 @@ from asteroid_tiny.data import (
     write_list,
 )
 from asteroid_tiny.data.mixing import LEVEL_DB, SILENT, draw_mixture, render, same_colour
-
-RATE = 8000
-RNG = np.random.default_rng(0)
-NOISE = RNG.integers(-3000, 3000, 4 * RATE).astype(np.int16)
-
-
-def tone(frequency, seconds=4.0, amplitude=8000):
-    time = np.arange(round(seconds * RATE)) / RATE
-    return np.round(amplitude * np.sin(2 * np.pi * frequency * time)).astype(np.int16)
-
-
-def peak_frequency(samples):
-    spectrum = np.abs(np.fft.rfft(np.asarray(samples) * np.hanning(len(samples))))
-    return spectrum.argmax() * RATE / len(samples)
-
-
-def level(samples):
-    return 10 * np.log10(np.mean(np.asarray(samples, dtype=np.float64) ** 2))
 
 
 @pytest.fixture

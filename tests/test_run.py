@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile as sf
 import torch
 import yaml
 
 from asteroid_tiny import TinySepformer
+from asteroid_tiny.data import SpeechDir
 
 ROOT = Path(__file__).resolve().parents[1]
 EXP = ROOT / "egs" / "minispeech" / "TinySepformer" / "exp"
@@ -113,12 +115,29 @@ def test_stages_from_speech_to_results(tag):
     assert "best_model.pth is broken" in refusal("--stage", "3", "--tag", tag)
 
 
-def test_a_killed_run_continues_and_ends_alike(tag):
+@pytest.fixture
+def few_minutes(pack, tmp_path):
+    """A part of the embedded speech: 20 s of three speakers a split, as wav files."""
+    for split in ("train", "valid", "test"):
+        speech = SpeechDir(pack / split)
+        folder = tmp_path / "speech" / split
+        folder.mkdir(parents=True)
+        speakers = list(speech.by_speaker)[:3]
+        for speaker in speakers:
+            samples = [speech.read(utterance) for utterance in speech.by_speaker[speaker][:5]]
+            sf.write(folder / f"{speaker}.wav", np.concatenate(samples)[:160000], 8000)
+        (folder / "wav.scp").write_text("".join(f"{s} {s}.wav\n" for s in speakers))
+        (folder / "utt2spk").write_text("".join(f"{s} {s}\n" for s in speakers))
+    return ["--speech", str(tmp_path / "speech")]
+
+
+def test_a_killed_run_continues_and_ends_alike(tag, few_minutes):
+    options = [*SHORT, *few_minutes]
     whole, killed = f"{tag}-whole", f"{tag}-killed"
     try:
-        assert run("--stop_stage", "2", "--tag", whole, *SHORT).returncode == 0
+        assert run("--stop_stage", "2", "--tag", whole, *options).returncode == 0
         process = subprocess.Popen(
-            command("--stop_stage", "2", "--tag", killed, *SHORT),
+            command("--stop_stage", "2", "--tag", killed, *options),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -131,7 +150,7 @@ def test_a_killed_run_continues_and_ends_alike(tag):
         process.wait()
         assert not (EXP / killed / "best_model.pth").exists()
         assert torch.load(last, weights_only=True)["global_step"] < 30
-        done = run("--stop_stage", "2", "--tag", killed, *SHORT)
+        done = run("--stop_stage", "2", "--tag", killed, *options)
         assert done.returncode == 0, done.stderr
         ends = [
             torch.load(EXP / name / "checkpoints" / "last.ckpt", weights_only=True)
@@ -160,4 +179,4 @@ def test_the_default_run_separates_speakers_it_never_heard(tag):
     summary = json.loads((EXP / tag / "results" / "summary.json").read_text())
     improvement = summary["groups"]["all"]["si_sdr_i"]
     assert summary["n_mixtures"] >= 300
-    assert improvement["mean"] > 0.5
+    assert improvement["mean"] > 0.3 and improvement["low"] > 0

@@ -88,9 +88,9 @@ def test_the_schedule_rises_halves_on_plateau_and_falls():
     schedule = Schedule(an_optimizer(), 20, warmup_steps=4, cooldown_steps=4, patience=1)
     found = rates(schedule, 20, val_losses=[-1, -2, -1, -1.5, -3, -2, -1, -1, -1, -1])
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert found[4:8] == [1.0] * 4 and found[8:14] == [0.5] * 6  # -1 and -1.5 are no better than -2
-    assert found[14:16] == [0.25] * 2  # nor are -2 and -1 than -3
-    assert found[16:] == pytest.approx([0.25, 0.1875, 0.0625, 0.03125])  # falls, once more halved
+    assert found[4:9] == [1.0] * 5 and found[9:15] == [0.5] * 6  # -1 and -1.5 are no better than -2
+    assert found[15] == 0.25  # nor are -2 and -1 than -3
+    assert found[16:] == pytest.approx([0.25, 0.1875, 0.125, 0.03125])  # falls, once more halved
 
 
 def test_the_schedule_goes_on_from_its_state():
@@ -136,7 +136,9 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
         train(again, Dies(), valid, tmp_path / "broken", CONF)
     last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
-    resumed = train(TinySepformer(2, **SIZES, **DEPTH), speech, valid, tmp_path / "broken", CONF)
+    with_worker = {**CONF, "num_workers": 1}
+    other = TinySepformer(2, **SIZES, **DEPTH)
+    resumed = train(other, speech, valid, tmp_path / "broken", with_worker)
     assert resumed["val_si_sdr"] == pytest.approx(outcome["val_si_sdr"], abs=1e-4)
     ends = [
         torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)
