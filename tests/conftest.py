@@ -33,8 +33,6 @@ def refused():
 @pytest.fixture(scope="session")
 def pack():
     """Path of the embedded speech pack, with its data dirs train, valid and test."""
-    if not DATA.exists():
-        pytest.skip("an installed package has no speech pack")
     return DATA
 
 

@@ -229,8 +229,8 @@ def render(speech, mixture):
 def same_colour(sources, rng, spread):
     """Filters the sources of a mixture so that all have one long-term spectrum, drawn at random.
 
-    Where speakers are few and each has a microphone of his own, a model learns to tell the
-    microphones apart and fails with others. After this, only the voices differ.
+    Where speakers are few and each has a microphone of his own, a model can tell them apart by
+    that, which does not help with others. After this their long-term spectra are alike.
 
     Args:
         sources (torch.Tensor): (n_src, time).
