@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .data import MixtureList, SpeechDir, check_disjoint, draw_list, write_list
+from .data import MixtureList, SpeechDir, check_disjoint, draw_list, own, write_list
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
@@ -28,6 +28,7 @@ from .models import PRESETS
 
 FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
 GPU_FLOPS = 50e12  # a second, sustained in bf16: what a large GPU may reach with such layers
+CORPORA = ("kaldi", "own")
 SPLITS = ("train", "valid", "test")
 
 
@@ -55,14 +56,30 @@ def build_model(settings):
 
 
 def open_split(exp_dir, settings, split):
-    """The `SpeechDir` of a split; its folder may be relative to that of the recipe."""
-    recipe_dir = Path(exp_dir).resolve().parents[1]
-    return SpeechDir(recipe_dir / settings["speech"] / split, settings["sample_rate"])
+    """The `SpeechDir` of a split."""
+    return SpeechDir(speech_folder(exp_dir, settings) / split, settings["sample_rate"])
+
+
+def speech_folder(exp_dir, settings):
+    """Where the data dirs of a run are: those of the recipe, or made for the run in stage 0."""
+    if settings["corpus"] == "kaldi":
+        return source_folder(exp_dir, settings)
+    return Path(exp_dir) / "speech"
+
+
+def source_folder(exp_dir, settings):
+    """The folder that the settings name; it may be relative to that of the recipe."""
+    return Path(exp_dir).resolve().parents[1] / settings["speech"]
 
 
 def prepare_speech(exp_dir, settings):
     """Stage 0: checks the speech, says what there is, and gives credit where it must be seen."""
-    folder = Path(exp_dir).resolve().parents[1] / settings["speech"]
+    folder = source_folder(exp_dir, settings)
+    if settings["corpus"] not in CORPORA:
+        raise UserError(f"corpus must be one of {', '.join(CORPORA)}, not {settings['corpus']!r}")
+    if settings["corpus"] == "own":
+        target = speech_folder(exp_dir, settings)
+        own.prepare(folder, target, settings["n_src"], settings["sample_rate"])
     if (folder / "SHA256SUMS").exists():
         verify_checksums(folder)
     splits = {split: open_split(exp_dir, settings, split) for split in SPLITS}
@@ -130,6 +147,8 @@ def train_model(exp_dir, settings):
         return
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
+    if settings["init_from"]:
+        copy_weights(model, settings["init_from"])
     speech, valid = open_split(exp_dir, settings, "train"), open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
@@ -141,6 +160,22 @@ def train_model(exp_dir, settings):
     model.save(target)  # last: it says that the training is done
     print(f"  {outcome['steps']} steps, best validation SI-SDR {outcome['val_si_sdr']:.2f} dB")
     print(f"  model: {target}")
+
+
+def copy_weights(model, name_or_path):
+    """Gives a model the weights of another of the same sizes, to go on from there.
+
+    Raises:
+        UserError: If there is no such model or it has other sizes.
+    """
+    other = type(model).from_pretrained(name_or_path)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError:
+        raise UserError(
+            f"--init_from {name_or_path} has other sizes than this run's model; give its preset "
+            "and number of sources as options"
+        ) from None
 
 
 def evaluate_model(exp_dir, settings):

@@ -17,6 +17,9 @@ def main(recipe, tag, *options):
     settings = read_conf(ROOT / "local" / "conf.yml")
     settings = merge(settings, read_conf(recipe_dir / "conf.yml"), f"egs/{recipe}/conf.yml")
     given = parse_options(list(options), settings)
+    for key in ("speech", "init_from"):  # relative to where the user is
+        if key in given and Path(str(given[key])).exists():
+            given[key] = str(Path(given[key]).absolute())
     settings = merge(settings, given, "options")
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"

@@ -89,29 +89,9 @@ class SpeechDir:
         return sum(utt.length for utt in self.utterances.values()) / self.sample_rate / 60
 
     def _table(self, name, optional=False):
-        path = self.path / name
-        if optional and not path.exists():
+        if optional and not (self.path / name).exists():
             return {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; a Kaldi data dir needs it") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as text: {error}") from None
-        if "\0" in text:
-            raise UserError(f"{path} cannot be read as text: it is binary")
-        table = {}
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            fields = line.split(maxsplit=1)
-            if len(fields) < 2 or fields[0] in table:
-                what = "the second line for" if fields[0] in table else "no value for"
-                raise UserError(f"{path}, line {number}, has {what} {fields[0]!r}")
-            table[fields[0]] = fields[1].strip()
-        if not table:
-            raise UserError(f"{path} is empty")
-        return table
+        return read_table(self.path / name)
 
     def _wav_path(self, recording, value):
         if value.endswith("|"):
@@ -169,6 +149,34 @@ class SpeechDir:
             end = min(end, lengths[recording])
             utterances[key] = Utterance(recording, start, end - start, speakers[key])
         return utterances
+
+
+def read_table(path):
+    """A table of a Kaldi data dir: the rest of each line by its first word.
+
+    Raises:
+        UserError: If the file is missing, empty or no text, or a line is for nothing or a repetition.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a Kaldi data dir needs it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from None
+    if "\0" in text:
+        raise UserError(f"{path} cannot be read as text: it is binary")
+    table = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = line.split(maxsplit=1)
+        if len(fields) < 2 or fields[0] in table:
+            what = "the second line for" if fields[0] in table else "no value for"
+            raise UserError(f"{path}, line {number}, has {what} {fields[0]!r}")
+        table[fields[0]] = fields[1].strip()
+    if not table:
+        raise UserError(f"{path} is empty")
+    return table
 
 
 class RecordingCache:

@@ -1,0 +1,204 @@
+"""Speech of the user's own as Kaldi data dirs train, valid and test, whatever its rate and layout.
+
+Taken are
+
+- a Kaldi data dir (see `kaldi`),
+- a folder with one folder of recordings a speaker, at any depth below it, or
+- a folder with ``train``, ``valid`` and ``test``, each one of these; ``valid`` may be missing.
+
+Where the speakers are not split already, a file ``spk2split`` (lines ``speaker train|valid|test``)
+says who goes where; without it a hash of their names does, so that few move when speakers are
+added.
+"""
+
+import hashlib
+import math
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from scipy.signal import resample_poly
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import whole_file
+from .kaldi import SpeechDir, decode, open_info, read_table
+
+SPLITS = ("train", "valid", "test")
+SHARE = 0.1  # of the speakers for validation, and as many for test
+SUFFIXES = tuple(f".{name.lower()}" for name in sf.available_formats()) + (".opus", ".sph", ".aif")
+
+
+def prepare(source, target, n_src, sample_rate):
+    """Makes the data dirs train, valid and test of a folder of speech.
+
+    Recordings of another rate are converted once, to FLAC files in the target; others stay where
+    they are. What was converted before is not converted again.
+
+    Args:
+        source (str or Path): The folder of speech.
+        target (str or Path): Where the three data dirs go.
+        n_src (int): Speakers needed in each split.
+        sample_rate (int): Rate in Hz that is needed.
+
+    Raises:
+        UserError: If there is no speech, a file is broken, or speakers are too few.
+    """
+    for part_of, folder in find_parts(Path(source)).items():
+        tables = read_part(folder)
+        sides = split_speakers(tables["utt2spk"].values(), part_of, folder, n_src)
+        for split in sorted(set(sides.values())):
+            speakers = {speaker for speaker, side in sides.items() if side == split}
+            write_split(Path(target) / split, select(tables, speakers), sample_rate)
+
+
+def find_parts(source):
+    """The folders to read, by the split that they are for; ``None`` for all splits."""
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}; give the one with your speech as --speech")
+    if (source / "train").is_dir() and (source / "test").is_dir():
+        splits = {split: source / split for split in SPLITS if (source / split).is_dir()}
+        if "valid" not in splits:  # taken out of train
+            splits = {"train and valid": splits["train"], "test": splits["test"]}
+        return splits
+    return {None: source}
+
+
+def read_part(folder):
+    """Tables by name, with absolute paths, of a Kaldi data dir or a folder of speakers' folders."""
+    if not (folder / "wav.scp").exists():
+        return read_folders(folder)
+    tables = {}
+    for name in ("wav.scp", "utt2spk", "segments", "spk2gender", "spk2production"):
+        if name in ("wav.scp", "utt2spk") or (folder / name).exists():
+            tables[name] = read_table(folder / name)
+    for key, value in tables["wav.scp"].items():
+        tables["wav.scp"][key] = find_recording(folder, key, value)
+    return tables
+
+
+def find_recording(folder, key, value):
+    """The absolute path of a recording; relative paths may start at the data dir or above it."""
+    if value.endswith("|"):
+        raise UserError(f"{folder / 'wav.scp'}: {key!r} is a command; name a file instead")
+    for start in (folder, *folder.absolute().parents[:2]):
+        if (start / value).is_file():
+            return str((start / value).absolute())
+    raise UserError(f"{folder / 'wav.scp'} names {value} for {key!r}, which is missing")
+
+
+def read_folders(folder):
+    """Tables of a folder with one folder of recordings a speaker."""
+    tables = {"wav.scp": {}, "utt2spk": {}}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2 or hidden:
+            continue
+        speaker = re.sub(r"\s", "_", inside.parts[0])
+        utterance = re.sub(r"[\s/]", "_", inside.as_posix())
+        if utterance in tables["utt2spk"]:
+            raise UserError(f"{path} and another file differ by blanks alone; rename one")
+        tables["wav.scp"][utterance] = str(path.absolute())
+        tables["utt2spk"][utterance] = speaker
+    if not tables["utt2spk"]:
+        raise UserError(
+            f"{folder} is no speech: it has neither wav.scp nor a folder with recordings for "
+            "each speaker"
+        )
+    return tables
+
+
+def split_speakers(speakers, split, folder, n_src):
+    """The split of each speaker.
+
+    Args:
+        speakers (iterable of str): All speakers of a folder.
+        split (str, optional): The split or splits that the folder is for; all without.
+        folder (Path): Where `spk2split` may lie.
+        n_src (int): Speakers needed in each split.
+
+    Returns:
+        dict: Split by speaker.
+
+    Raises:
+        UserError: If speakers are too few.
+    """
+    speakers = sorted(set(speakers), key=lambda name: hashlib.sha256(name.encode()).digest())
+    if split in SPLITS:
+        return dict.fromkeys(speakers, split)
+    if (folder / "spk2split").exists():
+        return listed_split(folder / "spk2split", speakers)
+    wanted = ("valid", "test") if split is None else ("valid",)
+    needed = n_src * (len(wanted) + 1)
+    if len(speakers) < needed:
+        raise UserError(
+            f"{folder} has {len(speakers)} speaker(s); {needed} are needed: {n_src} each for "
+            f"train and {' and '.join(wanted)}, so that nobody is in two"
+        )
+    count = max(n_src, round(SHARE * len(speakers)))
+    sides = dict.fromkeys(speakers, "train")
+    for i, side in enumerate(wanted):
+        sides.update(dict.fromkeys(speakers[i * count : (i + 1) * count], side))
+    return sides
+
+
+def listed_split(path, speakers):
+    """The split of each speaker as the table `path` has it; who is not in it is left out."""
+    sides = read_table(path)
+    for speaker, side in sides.items():
+        if side not in SPLITS or speaker not in speakers:
+            what = f"{side!r} is no split" if side not in SPLITS else "there is no such speaker"
+            raise UserError(f"{path}: {speaker!r}: {what}")
+    return sides
+
+
+def select(tables, speakers):
+    """The lines of the tables that are about some of the speakers."""
+    utt2spk = {key: who for key, who in tables["utt2spk"].items() if who in speakers}
+    chosen = {"utt2spk": utt2spk}
+    recordings = utt2spk
+    if "segments" in tables:
+        chosen["segments"] = {k: v for k, v in tables["segments"].items() if k in utt2spk}
+        recordings = {line.split()[0] for line in chosen["segments"].values()}
+    chosen["wav.scp"] = {k: v for k, v in tables["wav.scp"].items() if k in recordings}
+    for name in ("spk2gender", "spk2production"):
+        if name in tables:
+            chosen[name] = {k: v for k, v in tables[name].items() if k in speakers}
+    return chosen
+
+
+def write_split(folder, tables, sample_rate):
+    """Writes a data dir, its recordings converted where they have another rate."""
+    converted = 0
+    for key, path in tqdm(tables["wav.scp"].items(), desc=f"  {folder.name}", leave=False, disable=None):
+        rate = open_info(path).samplerate
+        if rate == sample_rate:
+            continue
+        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', key)}_{zlib.crc32(path.encode()):08x}.flac"
+        if not (folder / "audio" / name).exists():
+            convert(path, folder / "audio" / name, sample_rate)
+        tables["wav.scp"][key] = f"audio/{name}"
+        converted += 1
+    for name, lines in tables.items():
+        if lines:
+            with whole_file(folder / name) as part:
+                part.write_text("".join(f"{k} {v}\n" for k, v in lines.items()), "utf-8")
+    if converted:
+        print(f"  {folder.name}: {converted} recordings converted to {sample_rate} Hz")
+
+
+def convert(path, target, sample_rate):
+    """Writes a recording at another rate as FLAC, 16 bits."""
+    rate = open_info(path).samplerate
+    samples = decode(path)
+    if samples.ndim > 1:
+        raise UserError(f"{path} has {samples.shape[1]} channels; speech must be mono")
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 32768
+    common = math.gcd(rate, sample_rate)
+    samples = resample_poly(samples, sample_rate // common, rate // common)
+    with whole_file(target) as part:
+        sf.write(part, np.clip(samples, -1, 1), sample_rate, subtype="PCM_16")

@@ -1,0 +1,125 @@
+"""Speech of the user's own: layouts, splits and rates, on voices of the embedded pack."""
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from asteroid_tiny.data import SpeechDir, check_disjoint, own
+
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def voices(tmp_path, clips):
+    """A folder of one folder a speaker: eight speakers, two clips each, of two rates."""
+    folder = tmp_path / "voices"
+    samples = list(clips.values())
+    for i in range(8):
+        speaker = folder / f"speaker {i}" / "day one"
+        speaker.mkdir(parents=True)
+        sf.write(speaker / "a.wav", samples[i % 4][:16000], 8000)
+        sf.write(speaker / "b c.flac", samples[i % 4][16000:], (8000, 16000)[i % 2])
+    (folder / "notes.txt").write_text("no recording")
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(source, n_src=2, name="made"):
+        own.prepare(source, tmp_path / name, n_src, 8000)
+        return {split: SpeechDir(tmp_path / name / split, 8000) for split in SPLITS}
+
+    return make
+
+
+def test_folders_of_speakers_are_split_and_brought_to_one_rate(voices, make):
+    made = make(voices)
+    check_disjoint(**made)
+    assert [len(made[split].by_speaker) for split in SPLITS] == [4, 2, 2]
+    speech = next(s for s in made.values() if "speaker_1" in s.by_speaker)
+    first, second = speech.by_speaker["speaker_1"]
+    assert speech.utterances[first].length == 16000
+    assert speech.utterances[second].length == 8000  # 16000 samples at 16 kHz
+
+
+def test_converted_speech_is_the_speech_at_the_other_rate(voices, make):
+    speech = next(s for s in make(voices).values() if "speaker_1" in s.by_speaker)
+    converted = speech.read(speech.by_speaker["speaker_1"][1])
+    original, _ = sf.read(voices / "speaker 1" / "day one" / "b c.flac")
+    kept, found = np.abs(np.fft.rfft(original))[:3000], np.abs(np.fft.rfft(converted))[:3000]
+    assert np.linalg.norm(2 * found - kept) < 0.05 * np.linalg.norm(kept)
+
+
+def test_conversion_is_done_once(voices, make, tmp_path, monkeypatch):
+    make(voices)
+    monkeypatch.setattr(own, "convert", None)
+    assert make(voices)["train"].utterances
+
+
+def test_hardly_anyone_moves_when_a_speaker_is_added(voices, make):
+    before = {s: split for split, speech in make(voices).items() for s in speech.by_speaker}
+    (voices / "speaker 0").rename(voices / "somebody else")
+    after = {s: split for split, speech in make(voices, name="b").items() for s in speech.by_speaker}
+    moved = {s for s in before if s in after and after[s] != before[s]}
+    assert len(moved) <= 1  # at most one gives place to the new speaker
+
+
+def test_kaldi_dir_keeps_its_utterances_and_genders(make, pack):
+    made = make(pack / "valid", n_src=1)
+    check_disjoint(**made)
+    original = SpeechDir(pack / "valid")
+    for speech in made.values():
+        for key, utterance in speech.utterances.items():
+            assert utterance == original.utterances[key]
+        for speaker in speech.by_speaker:
+            assert speech.spk2gender[speaker] == original.spk2gender[speaker]
+    assert sum(len(speech.utterances) for speech in made.values()) == len(original.utterances)
+
+
+def test_splits_that_there_are_stay_and_valid_comes_out_of_train(make, voices):
+    for i, name in enumerate(sorted(path.name for path in voices.glob("speaker*"))):
+        part = voices / ("test" if i < 2 else "train")
+        part.mkdir(exist_ok=True)
+        (voices / name).rename(part / name)
+    made = make(voices)
+    assert list(made["test"].by_speaker) == ["speaker_0", "speaker_1"]
+    assert len(made["train"].by_speaker) == 4 and len(made["valid"].by_speaker) == 2
+
+
+def test_paths_of_a_corpus_may_start_above_its_data_dir(make, voices):
+    lines = {"wav.scp": "", "utt2spk": ""}
+    for i, path in enumerate(sorted(voices.rglob("a.wav"))):
+        path.rename(voices / f"{i}.wav")
+        lines["wav.scp"] += f"u{i} {i}.wav\n"
+        lines["utt2spk"] += f"u{i} s{i}\n"
+    (voices / "train").mkdir()
+    for table, text in lines.items():
+        (voices / "train" / table).write_text(text)
+    made = make(voices / "train")
+    assert sum(len(speech.utterances) for speech in made.values()) == 8
+
+
+def test_a_table_says_who_goes_where(make, voices):
+    names = [f"speaker_{i}" for i in range(7)]
+    sides = ["train", "train", "train", "valid", "valid", "test", "test"]
+    (voices / "spk2split").write_text("".join(f"{n} {s}\n" for n, s in zip(names, sides)))
+    made = make(voices)
+    assert [len(made[split].by_speaker) for split in SPLITS] == [3, 2, 2]
+    assert "speaker_5" in made["test"].by_speaker
+
+
+def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
+    with refused("8 speaker(s)", "9 are needed"):
+        make(voices, n_src=3)
+    with refused("there is no folder", "--speech"):
+        make(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with refused("neither wav.scp nor a folder"):
+        make(tmp_path / "empty")
+    (voices / "spk2split").write_text("speaker_0 dev\n")
+    with refused("'dev' is no split"):
+        make(voices)
+    (voices / "spk2split").unlink()
+    sf.write(voices / "speaker 0" / "c.wav", np.zeros((800, 2)), 44100)
+    with refused("c.wav has 2 channels"):
+        make(voices)
