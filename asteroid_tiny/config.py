@@ -24,7 +24,13 @@ MAY_BE_ZERO = (
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100}
 #: Types of the settings that are null by default, where not a whole number.
-OF_NULL = {"dropout": float, "share_layers": bool, "path_norm": bool, "fb_init": str, "init_from": str}
+OF_NULL = {
+    "dropout": float,
+    "share_layers": bool,
+    "path_norm": bool,
+    "fb_init": str,
+    "init_from": str,
+}
 
 
 class Loader(yaml.SafeLoader):

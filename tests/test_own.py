@@ -59,7 +59,9 @@ def test_conversion_is_done_once(voices, make, tmp_path, monkeypatch):
 def test_hardly_anyone_moves_when_a_speaker_is_added(voices, make):
     before = {s: split for split, speech in make(voices).items() for s in speech.by_speaker}
     (voices / "speaker 0").rename(voices / "somebody else")
-    after = {s: split for split, speech in make(voices, name="b").items() for s in speech.by_speaker}
+    after = {
+        s: split for split, speech in make(voices, name="b").items() for s in speech.by_speaker
+    }
     moved = {s for s in before if s in after and after[s] != before[s]}
     assert len(moved) <= 1  # at most one gives place to the new speaker
 

@@ -155,7 +155,7 @@ def read_table(path):
     """A table of a Kaldi data dir: the rest of each line by its first word.
 
     Raises:
-        UserError: If the file is missing, empty or no text, or a line is for nothing or a repetition.
+        UserError: If the file is missing, empty or no text, or a line is short or repeated.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

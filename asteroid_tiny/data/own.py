@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import whole_file
-from .kaldi import SpeechDir, decode, open_info, read_table
+from .kaldi import decode, open_info, read_table
 
 SPLITS = ("train", "valid", "test")
 SHARE = 0.1  # of the speakers for validation, and as many for test
@@ -173,7 +173,8 @@ def select(tables, speakers):
 def write_split(folder, tables, sample_rate):
     """Writes a data dir, its recordings converted where they have another rate."""
     converted = 0
-    for key, path in tqdm(tables["wav.scp"].items(), desc=f"  {folder.name}", leave=False, disable=None):
+    recordings = tqdm(tables["wav.scp"].items(), f"  {folder.name}", leave=False, disable=None)
+    for key, path in recordings:
         rate = open_info(path).samplerate
         if rate == sample_rate:
             continue
