@@ -16,13 +16,15 @@ from .errors import UserError
 from .files import whole_file
 
 #: Settings that may differ between two starts of one run.
-OF_THE_MACHINE = ("accelerator", "num_workers", "eval_workers", "speech")
+OF_THE_MACHINE = ("accelerator", "num_workers", "eval_workers", "speech", "check")
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
-    "cooldown_steps colour num_workers eval_workers"
+    "cooldown_steps colour overlap_ratio level_spread num_workers eval_workers"
 ).split()
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100}
+#: Settings with an upper limit, which they may reach.
+AT_MOST = {"overlap_ratio": 1}
 #: Types of the settings that are null by default, where not a whole number.
 OF_NULL = {
     "dropout": float,
@@ -107,6 +109,8 @@ def _checked(key, value, default, where):
         raise UserError(f"{where}: {key} must be {bound} 0, not {value}")
     if key in BELOW and value >= BELOW[key]:
         raise UserError(f"{where}: {key} must be below {BELOW[key]}, not {value}")
+    if key in AT_MOST and value > AT_MOST[key]:
+        raise UserError(f"{where}: {key} must be at most {AT_MOST[key]}, not {value}")
     return value
 
 

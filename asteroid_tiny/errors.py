@@ -19,5 +19,7 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sentence = str(error).splitlines()[-1]  # a data loader's worker wraps it in a traceback
+        sentence = sentence.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 A run lives in one folder::
 
     conf.yml                 its settings
+    check.txt                what is odd in its speech
     lists/{valid,test}.csv   its mixtures
     checkpoints/, logs/      its training
     best_model.pth           the model with the best validation loss, as Asteroid stores models
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 from .data import MixtureList, SpeechDir, check_disjoint, draw_list, own, write_list
+from .data.check import check_speech, format_findings
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
@@ -28,6 +30,7 @@ from .models import PRESETS
 
 FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
 GPU_FLOPS = 50e12  # a second, sustained in bf16: what a large GPU may reach with such layers
+SHORTEST = 0.5  # s: utterances below are reported
 CORPORA = ("kaldi", "own")
 SPLITS = ("train", "valid", "test")
 
@@ -110,7 +113,8 @@ def verify_checksums(folder):
 
 
 def make_lists(exp_dir, settings):
-    """Stage 1: draws the fixed validation and test lists."""
+    """Stage 1: checks the speech and draws the fixed validation and test lists."""
+    check_all(exp_dir, settings)
     length = round(settings["eval_segment"] * settings["sample_rate"])
     for split in ("valid", "test"):
         path = Path(exp_dir) / "lists" / f"{split}.csv"
@@ -125,9 +129,32 @@ def make_lists(exp_dir, settings):
             length,
             settings[f"{split}_seed"],
             settings["max_gap"],
+            settings["overlap_ratio"],
         )
         write_list(path, mixtures, settings["sample_rate"])
         print(f"  {split}: {len(mixtures)} mixtures of {settings['eval_segment']:g} s")
+
+
+def check_all(exp_dir, settings):
+    """Checks all speech of a run, once; what is found goes to the screen and to check.txt.
+
+    Raises:
+        UserError: If something was found that would stop a training.
+    """
+    target = Path(exp_dir) / "check.txt"
+    if target.exists() or not settings["check"]:
+        return
+    findings = check_speech(speech_folder(exp_dir, settings), settings["sample_rate"], SHORTEST)
+    if findings:
+        print(format_findings(findings, most=3))
+    fatal = sum(finding.fatal for finding in findings)
+    if fatal:
+        raise UserError(
+            f"{fatal} fault(s) in the speech would stop a training; mend them or leave them out, "
+            "or go on with --check false"
+        )
+    with whole_file(target) as part:
+        part.write_text(format_findings(findings, most=len(findings)) + "\n", encoding="utf-8")
 
 
 def open_list(exp_dir, settings, split):

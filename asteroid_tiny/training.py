@@ -253,6 +253,8 @@ def training_loader(speech, conf):
         seed=conf["seed"],
         max_gap=conf["max_gap"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
+        overlap_ratio=conf["overlap_ratio"],
+        level_spread=conf["level_spread"],
         colour=conf["colour"],
         size=size,
     )

@@ -19,6 +19,7 @@ from asteroid_tiny.data import (
     write_list,
 )
 from asteroid_tiny.data.mixing import LEVEL_DB, SILENT, draw_mixture, render, same_colour
+from asteroid_tiny.errors import exit_on_user_error
 
 
 @pytest.fixture
@@ -382,3 +383,92 @@ def test_training_mixtures_of_one_colour_are_still_sums(valid_speech):
     mixed, sources = DynamicMixtures(valid_speech, 2, 8000, seed=0, colour=6.0)[3]
     plain, _ = DynamicMixtures(valid_speech, 2, 8000, seed=0)[3]
     assert torch.equal(mixed, sources.sum(0)) and not torch.allclose(mixed, plain)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("n_src", [2, 3])
+def test_speakers_overlap_for_the_share_that_is_asked_for(valid_speech, n_src, ratio):
+    length = 12000
+    for mixture in draw_list(valid_speech, 4, n_src, length, seed=8, overlap_ratio=ratio):
+        starts = [source.offset for source in mixture.sources]
+        ends = [source.offset + source.length for source in mixture.sources]
+        assert starts[0] == 0 and length - ends[-1] < n_src, "from the first sample to the last"
+        shared = [end - start for end, start in zip(ends[:-1], starts[1:])]
+        if n_src == 2:
+            assert shared[0] == pytest.approx(ratio * length, abs=2)
+        assert min(shared) == pytest.approx(max(shared), abs=2)
+        if ratio == 0:
+            assert max(shared) <= 1
+
+
+def test_levels_of_training_mixtures_are_spread(valid_speech):
+    args = dict(n_src=2, length=8000, seed=0, size=40)
+    spread = DynamicMixtures(valid_speech, level_spread=6, **args)
+    levels = np.array([max(level(one) for one in spread[i][1]) for i in range(40)])
+    assert LEVEL_DB - 6.01 < levels.min() < LEVEL_DB - 4
+    assert LEVEL_DB + 4 < levels.max() < LEVEL_DB + 6.01
+
+
+def test_what_would_clip_is_made_softer_as_a_whole(valid_speech):
+    (drawn,) = draw_list(valid_speech, 1, 2, 16000, seed=9)
+    _, soft = render(valid_speech, drawn)
+    loud = [source._replace(gain=source.gain + 40) for source in drawn.sources]
+    mixture, sources = render(valid_speech, drawn._replace(sources=tuple(loud)))
+    assert mixture.abs().max() == pytest.approx(1, abs=1e-6)
+    assert torch.equal(mixture, sources.sum(0))
+    torch.testing.assert_close(sources / sources.std(), soft / soft.std())
+
+
+def test_two_mixtures_of_one_id_are_refused(valid_speech, tmp_path, refused):
+    first, second = draw_list(valid_speech, 2, 2, 8000, seed=1)
+    write_list(tmp_path / "list.csv", [first, second._replace(mixture_id=first.mixture_id)], RATE)
+    with refused("list.csv", first.mixture_id, "2 times"):
+        read_list(tmp_path / "list.csv", valid_speech)
+
+
+def break_in_the_middle(path):
+    """Makes a file break where its header does not tell."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_recording_is_named_and_passed_over(make_dir, clips, num_workers):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(120)}, suffix="flac")
+    break_in_the_middle(folder / "s7.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=300)
+    loader = DataLoader(mixtures, batch_size=20, num_workers=num_workers)
+    assert all(torch.isfinite(mixed).all() for mixed, _ in loader)
+    assert sum(len(mixed) for mixed, _ in loader) == 300
+    if num_workers == 0:
+        (named,) = mixtures.broken
+        assert "s7.flac" in named
+
+
+def test_too_many_broken_recordings_end_the_epoch(make_dir, clips, refused):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
+    break_in_the_middle(folder / "s3.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=50)
+    with refused("1 of 6 recordings are broken", "s3.flac"):
+        for i in range(50):
+            mixtures[i]
+
+
+def test_what_ends_a_worker_process_is_still_one_sentence(make_dir, clips, capsys):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
+    break_in_the_middle(folder / "s3.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=50)
+    with pytest.raises(SystemExit), exit_on_user_error():
+        list(DataLoader(mixtures, num_workers=1))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: 1 of 6 recordings are broken")
+
+
+def test_three_of_a_thousand_speakers_are_drawn_at_once(make_dir):
+    folder = make_dir({f"s{i:04d}": NOISE[:800] for i in range(1000)})
+    mixtures = draw_list(SpeechDir(folder), 20, 3, 400, seed=1)
+    assert len({tuple(s.utterance for s in mixture.sources) for mixture in mixtures}) == 20

@@ -6,8 +6,12 @@ item, from a random state of its own that depends on the seed and the item's num
 the number of workers or processes, nor on where a run was interrupted.
 """
 
+import collections
 import csv
+import functools
 import itertools
+import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +21,12 @@ from scipy.signal import oaconvolve, resample_poly, welch
 from ..errors import UserError
 from ..files import whole_file
 
+log = logging.getLogger(__name__)
+
 LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
 BANDS = 16  # of `same_colour`, from 0 to half the sample rate
 MOST_GAIN = 24.0  # dB by which it may raise or lower a band
+MOST_BROKEN = 0.01  # share of the recordings without which training goes on
 SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
 
 
@@ -51,11 +58,21 @@ class Mixture(NamedTuple):
     sources: tuple
 
 
-def draw_mixture(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), mixture_id=""):
+def draw_mixture(
+    speech,
+    rng,
+    speakers,
+    length,
+    max_gap=5.0,
+    speeds=(100,),
+    overlap_ratio=1.0,
+    level=LEVEL_DB,
+    mixture_id="",
+):
     """Draws a mixture of one utterance of each speaker.
 
-    Utterances are drawn in proportion to their lengths among those that fill the mixture; a
-    speaker who has none such gives a shorter one, set at a random place.
+    Utterances are drawn in proportion to their lengths among those that fill their share of the
+    mixture; a speaker who has none such gives a shorter one, set at a random place.
 
     Args:
         speech (SpeechDir): Where the utterances are.
@@ -64,6 +81,10 @@ def draw_mixture(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), mixt
         length (int): Length in samples.
         max_gap (float): The loudest source is up to this many dB above each of the others.
         speeds (sequence of int): Playback speeds in percent to draw from.
+        overlap_ratio (float): How much of the mixture two neighbours share, from 0 (one after the
+            other) to 1 (all speak all the time). Between two speakers who set in one after the
+            other it is the share of the mixture in which both speak.
+        level (float): Root mean square of the loudest source, dB re full scale.
         mixture_id (str): Its id.
 
     Returns:
@@ -71,16 +92,18 @@ def draw_mixture(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), mixt
     """
     gaps = rng.uniform(0, max_gap, len(speakers))
     gaps[rng.integers(len(speakers))] = 0.0
+    share = round(length * (1 + (len(speakers) - 1) * overlap_ratio) / len(speakers))
+    later = (length - share) // max(len(speakers) - 1, 1)  # each than the one before
     sources = []
-    for speaker, gap in zip(speakers, gaps):
+    for i, (speaker, gap) in enumerate(zip(speakers, gaps)):
         speed = int(rng.choice(speeds))
         for _ in range(10):
-            source = _draw_stretch(speech, rng, speaker, length, speed)
+            source = _draw_stretch(speech, rng, speaker, share, speed)
             loudness = np.sqrt(np.mean(_stretch(speech, source) ** 2))
             if loudness > SILENT:
                 break
-        gain = LEVEL_DB - gap - 20 * np.log10(max(loudness, SILENT))
-        sources.append(source._replace(gain=round(float(gain), 3)))
+        gain = round(float(level - gap - 20 * np.log10(max(loudness, SILENT))), 3)
+        sources.append(source._replace(gain=gain, offset=source.offset + i * later))
     return Mixture(mixture_id, length, tuple(sources))
 
 
@@ -97,7 +120,7 @@ def _draw_stretch(speech, rng, speaker, length, speed):
     return Source(keys[chosen], start, taken, offset, 0.0, speed)
 
 
-def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0):
+def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0, overlap_ratio=1.0):
     """Draws a fixed list in which all combinations of speakers are equally frequent.
 
     Args:
@@ -106,7 +129,7 @@ def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0):
         n_src (int): Number of sources.
         length (int): Length in samples.
         seed (int): Seed of the draw.
-        max_gap (float): See `draw_mixture`.
+        max_gap, overlap_ratio (float): See `draw_mixture`.
 
     Returns:
         list of Mixture: The list.
@@ -116,13 +139,25 @@ def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0):
     """
     check_speakers(speech, n_src)
     rng = np.random.default_rng(seed)
-    groups = list(itertools.combinations(speech.by_speaker, n_src))
-    if len(groups) > n_mixtures:
-        groups = [groups[i] for i in rng.choice(len(groups), n_mixtures, replace=False)]
+    groups = _draw_groups(list(speech.by_speaker), n_mixtures, n_src, rng)
+    draw = functools.partial(
+        draw_mixture, speech, rng, length=length, max_gap=max_gap, overlap_ratio=overlap_ratio
+    )
     return [
-        draw_mixture(speech, rng, group, length, max_gap, mixture_id=f"mix{i:05d}")
+        draw(group, mixture_id=f"mix{i:05d}")
         for i, group in zip(range(n_mixtures), itertools.cycle(groups))
     ]
+
+
+def _draw_groups(speakers, n_groups, n_src, rng):
+    """All combinations of speakers, or `n_groups` different ones where there are more."""
+    if math.comb(len(speakers), n_src) <= n_groups:
+        return list(itertools.combinations(speakers, n_src))
+    groups = {}  # in the order drawn; there may be too many combinations to list them all
+    while len(groups) < n_groups:
+        chosen = sorted(rng.choice(len(speakers), n_src, replace=False))
+        groups[tuple(speakers[i] for i in chosen)] = True
+    return list(groups)
 
 
 def check_speakers(speech, n_src):
@@ -186,7 +221,16 @@ def read_list(path, speech):
                     f"of utterance {source.utterance!r}"
                 )
         mixtures.append(mixture)
+    check_ids(path, mixtures)
     return mixtures
+
+
+def check_ids(path, mixtures):
+    """Raises a `UserError` if two mixtures have one id."""
+    ids = collections.Counter(mixture.mixture_id for mixture in mixtures)
+    (most_frequent, count), *_ = ids.most_common(1)
+    if count > 1:
+        raise UserError(f"mixture list {path} has the id {most_frequent!r} {count} times")
 
 
 def _parse_row(row):
@@ -216,12 +260,15 @@ def render(speech, mixture):
 
     Returns:
         tuple of torch.Tensor: Mixture, (time,), and its sources, (n_src, time), float32. The
-        mixture is the sum of the sources.
+        mixture is the sum of the sources; where it would clip, all of them are scaled alike.
     """
     sources = np.zeros((len(mixture.sources), mixture.length), dtype=np.float32)
     for row, source in zip(sources, mixture.sources):
         samples = _stretch(speech, source)[: mixture.length - source.offset]
         row[source.offset : source.offset + len(samples)] = samples * 10 ** (source.gain / 20)
+    peak = np.abs(sources.sum(0)).max()
+    if peak > 1:
+        sources /= peak
     sources = torch.from_numpy(sources)
     return sources.sum(0), sources
 
@@ -299,45 +346,88 @@ class MixtureList(torch.utils.data.Dataset):
 class DynamicMixtures(torch.utils.data.Dataset):
     """Endless training mixtures: item i is always the same one, and no two are alike.
 
+    Recordings that turn out to be broken are named and passed over.
+
     Args:
         speech (SpeechDir): Where the utterances are.
         n_src (int): Number of sources, of different speakers.
         length (int): Length in samples.
         seed (int): Seed; together with the item's number it settles the item.
-        max_gap (float): See `draw_mixture`.
+        max_gap, overlap_ratio (float): See `draw_mixture`.
         speeds (sequence of int): Playback speeds in percent.
+        level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
         colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
         size (int): What `len` says, the mixtures of one epoch.
+
+    Raises:
+        UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, speech, n_src, length, seed, max_gap=5.0, speeds=(100,), colour=0, size=1):
+    def __init__(
+        self,
+        speech,
+        n_src,
+        length,
+        seed,
+        max_gap=5.0,
+        speeds=(100,),
+        overlap_ratio=1.0,
+        level_spread=0.0,
+        colour=0.0,
+        size=1,
+    ):
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
         self.length = length
         self.seed = seed
-        self.max_gap = max_gap
-        self.speeds = speeds
+        self.draw = dict(max_gap=max_gap, speeds=speeds, overlap_ratio=overlap_ratio)
+        self.level_spread = level_spread
         self.colour = colour
         self.size = size
+        self.broken = set()
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
-        rng = np.random.default_rng([self.seed, index])
+        for attempt in itertools.count():
+            seed = [self.seed, index] + [attempt] * (attempt > 0)
+            try:
+                return self._item(np.random.default_rng(seed), str(index))
+            except UserError as error:
+                self._pass_over(str(error))
+
+    def _item(self, rng, mixture_id):
         speakers = rng.choice(list(self.speech.by_speaker), self.n_src, replace=False)
+        level = LEVEL_DB + self.level_spread * rng.uniform(-1, 1)
         mixture = draw_mixture(
-            self.speech, rng, speakers, self.length, self.max_gap, self.speeds, str(index)
+            self.speech,
+            rng,
+            speakers,
+            self.length,
+            level=level,
+            mixture_id=mixture_id,
+            **self.draw,
         )
         mixed, sources = render(self.speech, mixture)
         if self.colour:
             sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)
         return mixed, sources
+
+    def _pass_over(self, reason):
+        if reason not in self.broken:
+            log.warning("%s; training goes on without it", reason)
+        self.broken.add(reason)
+        if len(self.broken) > MOST_BROKEN * len(self.speech.wavs):
+            raise UserError(
+                f"{len(self.broken)} of {len(self.speech.wavs)} recordings are broken, the last "
+                f"one: {reason}"
+            )
 
 
 class EpochSampler(torch.utils.data.Sampler):

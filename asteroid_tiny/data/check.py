@@ -1,0 +1,194 @@
+"""What is wrong with speech or a mixture list, found before hours of training.
+
+All of it is read and decoded once, in threads. Nothing here stops at the first thing found, as
+opening a `SpeechDir` does; the two agree about what cannot be used.
+"""
+
+import collections
+import concurrent.futures
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import UserError
+from .kaldi import SpeechDir, decode, open_info, read_table
+from .mixing import SILENT, read_list, render
+
+FULL_SCALE = 0.999
+CLIPPED = 0.001  # share of the samples at full scale above which a recording has clipped
+SPLITS = ("train", "valid", "test")
+
+
+class Finding(NamedTuple):
+    """Something wrong: of which kind, where, and what.
+
+    Attributes:
+        kind (str): Such as ``"unreadable"`` or ``"silent"``.
+        where (str): A file, an utterance, a speaker or a mixture.
+        what (str): Details, or an empty string.
+        fatal (bool): Whether it would stop a training.
+    """
+
+    kind: str
+    where: str
+    what: str
+    fatal: bool = True
+
+
+def check_speech(folder, sample_rate=None, shortest=0.0):
+    """What is wrong with a Kaldi data dir, or with a folder of those of train, valid and test.
+
+    Args:
+        folder (str or Path): The folder.
+        sample_rate (int, optional): Rate in Hz that is needed; that of most recordings by default.
+        shortest (float): Utterances below so many seconds are reported.
+
+    Returns:
+        list of Finding: In the order of the tables; empty if all is well.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    splits = [folder / split for split in SPLITS if (folder / split).is_dir()]
+    if not splits or (folder / "wav.scp").exists():
+        return check_dir(folder, sample_rate, shortest)
+    findings, where = [], collections.defaultdict(list)
+    for path in splits:
+        findings += check_dir(path, sample_rate, shortest)
+        for speaker in sorted(set(_table(path / "utt2spk", []).values())):
+            where[speaker].append(path.name)
+    for speaker, names in where.items():
+        if len(names) > 1:
+            findings.append(Finding("speaker in two splits", speaker, " and ".join(names)))
+    return findings
+
+
+def check_dir(folder, sample_rate=None, shortest=0.0):
+    """`check_speech` for a single Kaldi data dir."""
+    findings = []
+    wavs, speakers = (_table(folder / name, findings) for name in ("wav.scp", "utt2spk"))
+    segments = _table(folder / "segments", findings) if (folder / "segments").exists() else {}
+    inside = collections.defaultdict(dict)  # by recording: utterances with their start and end
+    for key in segments or wavs:
+        try:
+            recording, start, end = segments[key].split() if segments else (key, 0, "inf")
+            inside[recording][key] = (float(start), float(end))
+        except ValueError:
+            findings.append(Finding("broken segment", key, segments[key]))
+        if key not in speakers:
+            findings.append(Finding("no speaker", key, f"in {folder / 'utt2spk'}"))
+    for recording in inside.keys() - wavs.keys():
+        findings.append(Finding("missing", recording, f"in {folder / 'wav.scp'}"))
+    looked = _look_at_all({key: folder / value for key, value in wavs.items()}, inside, shortest)
+    rates = collections.Counter(rate for rate, _ in looked.values() if rate)
+    wanted = sample_rate or (rates.most_common(1)[0][0] if rates else None)
+    for key, (rate, found) in looked.items():
+        if rate not in (None, wanted):
+            findings.append(Finding("rate", str(folder / wavs[key]), f"{rate} Hz, not {wanted}"))
+        findings += found
+    return findings
+
+
+def check_list(path, speech_folder):
+    """What is wrong with a mixture list.
+
+    Args:
+        path (str or Path): The list.
+        speech_folder (str or Path): The data dir of its utterances.
+
+    Returns:
+        list of Finding: Empty if all is well.
+    """
+    try:
+        speech = SpeechDir(speech_folder)
+        mixtures = read_list(path, speech)
+    except UserError as error:
+        return [Finding("unusable", str(path), str(error))]
+    findings = []
+    for mixture in mixtures:
+        try:
+            mixed, sources = render(speech, mixture)
+        except UserError as error:
+            findings.append(Finding("unreadable", mixture.mixture_id, str(error)))
+            continue
+        if mixed.abs().max() >= 1:
+            findings.append(Finding("clipping", mixture.mixture_id, "made softer", False))
+        for source, samples in zip(mixture.sources, sources):
+            if samples.square().mean().sqrt() <= SILENT:
+                findings.append(Finding("silent", mixture.mixture_id, source.utterance, False))
+    return findings
+
+
+def format_findings(findings, most=10):
+    """The findings as a table: a line for each kind with its count, and its first ones.
+
+    Args:
+        findings (list of Finding): What was found.
+        most (int): Findings of each kind that are named.
+    """
+    by_kind = collections.defaultdict(list)
+    for finding in findings:
+        by_kind[finding.kind].append(finding)
+    lines = []
+    for kind, found in by_kind.items():
+        lines.append(f"  {len(found):6}  {kind}")
+        lines += [f"          {one.where}  {one.what}".rstrip() for one in found[:most]]
+        if len(found) > most:
+            lines.append(f"          and {len(found) - most} more")
+    return "\n".join(lines)
+
+
+def _table(path, findings):
+    try:
+        return read_table(path)
+    except UserError as error:
+        findings.append(Finding("table", str(path), str(error)))
+        return {}
+
+
+def _look_at_all(paths, inside, shortest):
+    """Rate and findings of each recording."""
+
+    def look(key):
+        return key, _look(paths[key], inside.get(key, {}), shortest)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        looks = pool.map(look, paths)
+        return dict(tqdm(looks, "  checking", len(paths), leave=False, disable=None))
+
+
+def _look(path, utterances, shortest):
+    """The rate of a recording, None if it cannot be read, and what is wrong with it."""
+    try:
+        info = open_info(path)
+        if info.channels != 1:
+            return info.samplerate, [Finding("channels", str(path), str(info.channels))]
+        samples = decode(path)
+    except UserError as error:
+        kind = "NaN" if "NaN" in str(error) else "unreadable" if Path(path).exists() else "missing"
+        return None, [Finding(kind, str(path), str(error))]
+    if samples.dtype == np.int16:
+        samples = samples.astype(np.float32) / 32768
+    return info.samplerate, list(_listen(samples, info.samplerate, path, utterances, shortest))
+
+
+def _listen(samples, rate, path, utterances, shortest):
+    """What can be heard to be wrong."""
+    if not len(samples):
+        yield Finding("empty", str(path), "")
+        return
+    full = np.mean(np.abs(samples) >= FULL_SCALE)
+    if full > CLIPPED:
+        yield Finding("clipping", str(path), f"{100 * full:.1f} % of its samples", False)
+    for key, (start, end) in utterances.items():
+        if np.isfinite(end) and not 0 <= start < end <= (len(samples) + 1) / rate:
+            yield Finding("outside its recording", key, f"{start:g} to {end:g} s of {path}")
+            continue
+        part = samples[round(start * rate) : round(end * rate) if np.isfinite(end) else None]
+        if np.sqrt(np.mean(part**2)) <= SILENT:
+            yield Finding("silent", key, "", False)
+        if len(part) < shortest * rate:
+            yield Finding("short", key, f"{len(part) / rate:.2f} s", False)

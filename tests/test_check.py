@@ -1,0 +1,93 @@
+"""What `check` finds in data dirs and lists into which one fault each was put."""
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from asteroid_tiny.data import SpeechDir, draw_list, write_list
+from asteroid_tiny.data.check import check_list, check_speech, format_findings
+
+
+@pytest.fixture
+def voices(clips):
+    return {f"s{i}": samples for i, samples in enumerate(clips.values())}
+
+
+def kinds(findings):
+    return [finding.kind for finding in findings]
+
+
+def test_the_pack_has_nothing_fatal(pack):
+    assert not [f for f in check_speech(pack / "valid", 8000) if f.fatal]
+
+
+def test_good_speech_has_no_findings(make_dir, voices):
+    assert check_speech(make_dir(voices), shortest=4.0) == []
+
+
+def nan(path):
+    sf.write(path, np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
+
+
+FAULTS = {
+    "missing": lambda path: path.unlink(),
+    "unreadable": lambda path: path.write_bytes(b"no audio"),
+    "empty": lambda path: sf.write(path, np.zeros(0), 8000),
+    "NaN": nan,
+    "rate": lambda path: sf.write(path, sf.read(path)[0], 16000),
+    "channels": lambda path: sf.write(path, np.stack([sf.read(path)[0]] * 2, 1), 8000),
+    "silent": lambda path: sf.write(path, np.zeros(32000), 8000),
+    "clipping": lambda path: sf.write(path, np.clip(30 * sf.read(path)[0], -1, 1), 8000),
+    "short": lambda path: sf.write(path, sf.read(path)[0][:9000], 8000),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_of_a_recording_is_found_and_named(make_dir, voices, kind):
+    folder = make_dir(voices)
+    FAULTS[kind](folder / "s1.wav")
+    (found,) = check_speech(folder, shortest=2.0)
+    assert found.kind == kind
+    assert "s1" in found.where
+    assert found.fatal == (kind not in ("silent", "clipping", "short"))
+
+
+TABLES = {
+    "table": {"utt2spk": "s0 a\ns0 b\ns1 a\ns2 b\ns3 c\n"},
+    "no speaker": {"utt2spk": "s0 a\ns1 a\ns2 b\n"},
+    "broken segment": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 zero 1\n"},
+    "outside its recording": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 3 5\n"},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_fault_of_a_table_is_found(make_dir, voices, kind):
+    found = check_speech(make_dir(voices, tables=TABLES[kind]))
+    assert kind in kinds(found) and all(finding.fatal for finding in found)
+
+
+def test_a_speaker_in_two_splits_is_found(make_dir, voices, tmp_path):
+    for split in ("train", "valid", "test"):
+        make_dir(voices, name=split, tables={"utt2spk": f"s0 {split}\ns1 b\ns2 c\ns3 d{split}\n"})
+    findings = check_speech(tmp_path)
+    assert set(kinds(findings)) == {"speaker in two splits"}
+    assert [finding.where for finding in findings] == ["b", "c"]
+
+
+def test_faults_of_a_list_are_found(make_dir, voices, tmp_path):
+    folder = make_dir({**voices, "s4": np.zeros(32000)})
+    mixtures = draw_list(SpeechDir(folder), 10, 2, 16000, seed=1)
+    write_list(tmp_path / "list.csv", mixtures, 8000)
+    findings = check_list(tmp_path / "list.csv", folder)
+    assert kinds(findings) == ["silent"] * 4 and {f.what for f in findings} == {"s4"}
+    write_list(tmp_path / "list.csv", mixtures[:2] + mixtures[:1], 8000)
+    (found,) = check_list(tmp_path / "list.csv", folder)
+    assert "2 times" in found.what
+
+
+def test_the_table_counts_and_names(make_dir, voices):
+    folder = make_dir(voices)
+    for key in voices:
+        (folder / f"{key}.wav").unlink()
+    text = format_findings(check_speech(folder), most=3)
+    assert "4  missing" in text and "s0.wav" in text and "and 1 more" in text
