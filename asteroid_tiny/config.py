@@ -16,7 +16,15 @@ from .errors import UserError
 from .files import whole_file
 
 #: Settings that may differ between two starts of one run.
-OF_THE_MACHINE = ("accelerator", "num_workers", "eval_workers", "speech", "check")
+OF_THE_MACHINE = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "num_workers",
+    "eval_workers",
+    "speech",
+    "check",
+)
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps colour overlap_ratio level_spread num_workers eval_workers"

@@ -179,6 +179,8 @@ def train_model(exp_dir, settings):
     speech, valid = open_split(exp_dir, settings, "train"), open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
+    if outcome is None:  # the first process does the rest
+        return
     on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
     outcome["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)

@@ -7,6 +7,7 @@ An "epoch" is a fixed number of steps, after each of which the model is validate
 import logging
 import random
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from .data import DynamicMixtures, EpochSampler
+from .data import DynamicMixtures, EpochSampler, SharedOut
 from .errors import UserError
 from .hub import load_weights_only, save_whole
 
+PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
 
 
@@ -177,7 +180,7 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         conf (dict): The keys of the `data` and `training` sections of conf.yml.
 
     Returns:
-        dict: `steps`, `val_si_sdr` (best, dB).
+        dict: `steps`, `val_si_sdr` (best, dB); None in all processes but the first.
 
     Raises:
         UserError: If a checkpoint is broken, the disk is full or the loss is no number.
@@ -197,7 +200,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         optimizer=optimizer,
         loss_func=separation_loss,
         train_loader=training_loader(train_speech, conf),
-        val_loader=DataLoader(valid_set, batch_size=conf["batch_size"]),
+        val_loader=DataLoader(
+            valid_set, batch_size=per_process(conf), sampler=SharedOut(len(valid_set))
+        ),
         scheduler={"scheduler": schedule, "interval": "step"},
         config=conf,
     )
@@ -207,7 +212,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator=conf["accelerator"],
-        devices=1,
+        devices=conf["devices"],
+        num_nodes=conf["num_nodes"],
+        strategy=strategy(conf),
         precision=precision(conf),
         gradient_clip_val=conf["grad_clip"],
         default_root_dir=exp_dir,
@@ -227,9 +234,34 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     )
     last = exp_dir / "checkpoints" / "last.ckpt"
     trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
+    if not trainer.is_global_zero:
+        return None
     weights = load_weights_only(best.best_model_path)["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
+
+
+def per_process(conf):
+    """Mixtures of a batch that each process takes.
+
+    Raises:
+        UserError: If the batch cannot be shared out evenly.
+    """
+    processes = conf["devices"] * conf["num_nodes"]
+    if conf["batch_size"] % processes:
+        raise UserError(
+            f"a batch_size of {conf['batch_size']} cannot be shared out to {processes} processes; "
+            "take a multiple"
+        )
+    return conf["batch_size"] // processes
+
+
+def strategy(conf):
+    """How Lightning trains: in one process, or in several that exchange gradients."""
+    if conf["devices"] * conf["num_nodes"] == 1:
+        return "auto"
+    # buffers are constants, and processes may have unequal numbers of validation batches
+    return DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)
 
 
 def checkpoints(exp_dir, name, monitor=None):
@@ -260,7 +292,7 @@ def training_loader(speech, conf):
     )
     return DataLoader(
         mixtures,
-        batch_size=conf["batch_size"],
+        batch_size=per_process(conf),
         sampler=EpochSampler(size),
         num_workers=conf["num_workers"],
         persistent_workers=conf["num_workers"] > 0,

@@ -430,30 +430,50 @@ class DynamicMixtures(torch.utils.data.Dataset):
             )
 
 
-class EpochSampler(torch.utils.data.Sampler):
+class SharedOut(torch.utils.data.Sampler):
+    """The numbers from 0 on, shared out to the processes of a training; none is there twice.
+
+    Args:
+        size (int): How many, over all processes.
+        rank (int, optional): This process, and
+        world_size (int, optional): the number of processes; those of `torch.distributed` by
+            default, asked for when they are needed.
+    """
+
+    def __init__(self, size, rank=None, world_size=None):
+        self.size = size
+        self.rank = rank
+        self.world_size = world_size
+
+    def mine(self):
+        """The numbers of this process (range)."""
+        rank, world_size = self.rank, self.world_size
+        if world_size is None:
+            together = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if together else 0
+            world_size = torch.distributed.get_world_size() if together else 1
+        return range(rank, self.size, world_size)
+
+    def __len__(self):
+        return len(self.mine())
+
+    def __iter__(self):
+        return iter(self.mine())
+
+
+class EpochSampler(SharedOut):
     """The numbers of one epoch's mixtures: epoch e of size n has e n to (e + 1) n - 1.
 
     Together with `DynamicMixtures` it makes a run that continues draw what it would have drawn.
     Lightning calls `set_epoch`.
-
-    Args:
-        size (int): Mixtures in an epoch, over all processes.
-        rank (int): This process.
-        world_size (int): Number of processes.
     """
 
-    def __init__(self, size, rank=0, world_size=1):
-        self.size = size
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, size, rank=None, world_size=None):
+        super().__init__(size, rank, world_size)
         self.epoch = 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
-    def __len__(self):
-        return len(range(self.rank, self.size, self.world_size))
-
     def __iter__(self):
-        first = self.epoch * self.size
-        return iter(range(first + self.rank, first + self.size, self.world_size))
+        return (self.epoch * self.size + number for number in self.mine())
