@@ -161,11 +161,12 @@ def split_chunks(x, chunk_size, hop_size):
                 [3., 4., 0., 0.],
                 [0., 0., 0., 0.]])
     """
-    lead = chunk_size - hop_size
-    trail = chunk_size - (x.shape[1] + lead) % chunk_size
-    x = F.pad(x, (0, 0, lead, trail + lead)).unflatten(1, (-1, hop_size))
-    n_hops = chunk_size // hop_size
-    n_chunks = x.shape[1] - n_hops + 1
+    batch, n_frames, chan = x.shape
+    n_hops, lead = chunk_size // hop_size, chunk_size - hop_size
+    n_chunks = ((n_frames + lead) // chunk_size + 1) * n_hops
+    n_parts = n_chunks + n_hops - 1
+    x = F.pad(x, (0, 0, lead, n_parts * hop_size - lead - n_frames))
+    x = x.reshape(batch, n_parts, hop_size, chan)
     return torch.cat([x[:, i : i + n_chunks] for i in range(n_hops)], dim=2)
 
 

@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 
 import asteroid
+import torch
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from torch.nn import functional as F
 
@@ -90,6 +91,8 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         Returns:
             torch.Tensor: Encoded mixture, (batch, filters, frames).
         """
+        if torch.compiler.is_exporting():  # with a length that is at least that of the filters
+            return super().forward_encoder(wav)
         short = self.encoder.filterbank.kernel_size - wav.shape[-1]
         # max(short, 0) without a branch, so that a traced model serves other lengths
         return super().forward_encoder(F.pad(wav, (0, (short + abs(short)) // 2)))

@@ -6,6 +6,7 @@ An "epoch" is a fixed number of steps, after each of which the model is validate
 
 import logging
 import random
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -112,7 +113,8 @@ class SeparationSystem(System):
 
     def validation_step(self, batch, batch_nb):
         loss = self.common_step(batch, batch_nb, train=False)
-        count = len(batch[0])
+        # Lightning averages the counts over the processes in whole numbers, so make them divide
+        count = len(batch[0]) * self.trainer.world_size
         self.log("val_loss", loss, on_epoch=True, sync_dist=True, batch_size=count)
         self.log("val_si_sdr", -loss, prog_bar=True, sync_dist=True, batch_size=count)
 
@@ -233,12 +235,25 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         enable_model_summary=False,
     )
     last = exp_dir / "checkpoints" / "last.ckpt"
-    trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
+    fit(trainer, system, str(last) if last.exists() else None)
     if not trainer.is_global_zero:
         return None
     weights = load_weights_only(best.best_model_path)["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
+
+
+def fit(trainer, system, checkpoint):
+    """`trainer.fit`, with a sentence where another process of the training died."""
+    try:
+        trainer.fit(system, ckpt_path=checkpoint)
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        raise UserError(
+            "another process of the training ended; the same command continues from the last "
+            "checkpoint"
+        ) from error
 
 
 def per_process(conf):

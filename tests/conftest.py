@@ -1,6 +1,9 @@
 """What several test files need: the embedded speech, small data dirs, errors of one sentence."""
 
 import contextlib
+import os
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ import torch
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.errors import UserError
 
-DATA = Path(__file__).resolve().parents[1] / "egs" / "minispeech" / "TinySepformer" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "egs" / "minispeech" / "TinySepformer" / "data"
 
 
 @pytest.fixture
@@ -93,3 +97,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def run_folder():
+    """Gives the folder of a run of a recipe, a new one at every call; they go in the end."""
+    folders = []
+
+    def make(recipe):
+        name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+        folders.append(ROOT / "egs" / recipe / "TinySepformer" / "exp" / name)
+        return folders[-1]
+
+    yield make
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,208 @@
+"""Models outside PyTorch: ONNX files with a dynamic time axis, in fp32 or int8, and their use.
+
+A file is checked against its model before it is kept, and says in its metadata what it is.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import UserError
+from .files import whole_file
+
+LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
+TOLERANCE = 1e-3  # of the largest sample of the estimates, for fp32
+MOST_SIZE = 0.35  # of an int8 file, relative to fp32
+LEAST_DB = 20.0  # SI-SDR of the estimates of int8 with respect to fp32
+TRACED_LENGTH = 16000  # samples of the example; any of two chunks or more does
+
+
+def export_onnx(model, path, quantize=None, speech=None):
+    """Writes a model as an ONNX file, once it agrees with the model.
+
+    Inputs of the file are `mixture`, (1, time), its outputs `estimates`, (1, n_src, time), for any
+    time of at least the length of the filters.
+
+    Args:
+        model (torch.nn.Module): A `TinySepformer` or `Sepformer`.
+        path (str or Path): The file to write.
+        quantize (str, optional): ``"int8"`` for weights of 8 bits; fp32 without.
+        speech (torch.Tensor, optional): Mixture of (time,) samples on which int8 is compared with
+            fp32; noise in the colours of speech without.
+
+    Returns:
+        dict: `bytes`, and what was checked: `largest_error` of fp32 or `si_sdr` (dB) and `size`
+        (relative to fp32) of int8.
+
+    Raises:
+        UserError: If the ONNX packages are missing, the file disagrees with the model or cannot be
+            written; nothing is kept then.
+    """
+    if quantize not in (None, "int8"):
+        raise UserError(f"quantize must be int8, not {quantize!r}")
+    onnx = _import("onnx")
+    with whole_file(path) as part:
+        save_fp32(model, part)
+        outcome = {"largest_error": check_lengths(model, part)}
+        if quantize:
+            outcome = save_int8(part, model.sample_rate, speech)
+        file = onnx.load(part)
+        facts = {"sample_rate": f"{model.sample_rate:g}", "n_src": str(model.masker.n_src)}
+        facts |= {"model": type(model).__name__, "args": json.dumps(model.get_model_args())}
+        facts |= {"precision": quantize or "fp32", "made_by": "asteroid_tiny"}
+        facts["shortest"] = str(model.encoder.filterbank.kernel_size)
+        onnx.helper.set_model_props(file, facts)
+        onnx.save(file, part)
+        outcome["bytes"] = part.stat().st_size
+    return outcome
+
+
+def save_fp32(model, path):
+    """Writes the ONNX file of a model, unchecked."""
+    _import("onnxscript")
+    n_shortest = model.encoder.filterbank.kernel_size
+    example = torch.zeros(1, max(TRACED_LENGTH, 2 * n_shortest))
+    program = torch.onnx.export(
+        model.eval(),
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["mixture"],
+        output_names=["estimates"],
+        dynamic_shapes=({1: torch.export.Dim.AUTO},),
+    )
+    program.save(path)
+
+
+def check_lengths(model, path):
+    """The largest error of a file at `LENGTHS`, relative to the largest sample (float).
+
+    Raises:
+        UserError: If it is above `TOLERANCE`.
+    """
+    separator, worst = OnnxSeparator(path, sample_rate=model.sample_rate), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for length in LENGTHS:
+        mixture = 0.1 * torch.randn(1, length, generator=generator)
+        with torch.no_grad():
+            wanted = model(mixture)
+        found = separator(mixture)
+        error = float((found - wanted).abs().max() / wanted.abs().max())
+        if found.shape != wanted.shape or not error <= TOLERANCE:
+            raise UserError(
+                f"the ONNX file disagrees with the model at {length} samples (by {error:.1e} of "
+                "the largest sample); it was not kept"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def save_int8(path, sample_rate, speech=None):
+    """Quantises an ONNX file in place; its weights become int8, its activations as they come.
+
+    Raises:
+        UserError: If it does not get smaller than `MOST_SIZE` or not stay closer than `LEAST_DB`.
+    """
+    from asteroid.losses import pairwise_neg_sisdr
+
+    quantization = _import("onnxruntime.quantization")
+    if speech is None:
+        speech = coloured_noise(4 * round(sample_rate))
+    wanted = OnnxSeparator(path, sample_rate=sample_rate)(speech[None])
+    fp32_bytes = path.stat().st_size
+    small = path.with_name(f"{path.stem}.int8{path.suffix}")
+    try:
+        quantization.quantize_dynamic(
+            path, small, weight_type=quantization.QuantType.QInt8, per_channel=True
+        )
+        found = OnnxSeparator(small, sample_rate=sample_rate)(speech[None])
+        si_sdr = -pairwise_neg_sisdr(found, wanted)[0].diagonal().min().item()
+        size = small.stat().st_size / fp32_bytes
+        if si_sdr < LEAST_DB or size > MOST_SIZE:
+            raise UserError(
+                f"int8 would take {size:.2f} of the size and leave {si_sdr:.1f} dB SI-SDR to the "
+                f"fp32 estimates, where at most {MOST_SIZE} and at least {LEAST_DB:g} dB are "
+                "wanted; nothing was kept, fp32 is the choice for this model"
+            )
+        small.replace(path)
+    finally:
+        small.unlink(missing_ok=True)
+    return {"si_sdr": si_sdr, "size": size}
+
+
+def coloured_noise(length):
+    """Noise that falls by 6 dB an octave, (length,), always the same."""
+    noise = torch.randn(length, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    noise = noise - noise.mean()
+    return 0.1 * noise / noise.abs().max()
+
+
+class OnnxSeparator(torch.nn.Module):
+    """A model in an ONNX file, used like one of PyTorch.
+
+    Args:
+        path (str or Path): A file of `export_onnx`.
+        n_threads (int, optional): Threads that it may use; all without.
+        sample_rate (float, optional): That of a file without metadata.
+
+    Shape:
+        (time,), (batch, time) or (batch, 1, time) -> (n_src, time) or (batch, n_src, time).
+
+    Raises:
+        UserError: If the file is missing or no ONNX file of a separator.
+    """
+
+    def __init__(self, path, n_threads=None, sample_rate=None):
+        super().__init__()
+        runtime = _import("onnxruntime")
+        if not Path(path).is_file():
+            raise UserError(f"{path} is missing")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if n_threads:
+            options.intra_op_num_threads = n_threads
+        try:
+            self.session = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # of a class of its own for each thing that can be wrong
+            raise UserError(f"{path} is no ONNX file that runs here: {error}") from None
+        facts = self.session.get_modelmeta().custom_metadata_map
+        if "sample_rate" not in facts and sample_rate is None:
+            raise UserError(f"{path} does not say its sample rate; asteroid-tiny export writes it")
+        self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
+        self.in_channels = 1
+        self.device = torch.device("cpu")
+        self.shortest = int(facts.get("shortest", 1))
+        self.n_src = self.session.get_outputs()[0].shape[1]
+
+    def forward(self, mixture):
+        mixture = torch.as_tensor(mixture, dtype=torch.float32)
+        batch = mixture.reshape(-1, mixture.shape[-1])
+        padded = torch.nn.functional.pad(batch, (0, max(0, self.shortest - batch.shape[-1])))
+        rows = [self.session.run(None, {"mixture": row[None].numpy()})[0] for row in padded]
+        estimates = torch.from_numpy(np.concatenate(rows))[..., : mixture.shape[-1]]
+        return estimates[0] if mixture.ndim == 1 else estimates
+
+    def separate(self, wav, **kwargs):
+        """Separates a file, an array or a tensor, as `asteroid.separate` does."""
+        from asteroid import separate
+
+        return separate.separate(self, wav, **kwargs)
+
+    def forward_wav(self, wav):
+        """What Asteroid's `separate` calls."""
+        return self(wav)
+
+
+def _import(name):
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            "export needs onnx, onnxscript and onnxruntime: pip install 'asteroid-tiny[export]'"
+        ) from None

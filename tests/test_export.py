@@ -1,0 +1,110 @@
+"""ONNX files: the same estimates as the model at any length, or no file."""
+
+import json
+import shutil
+
+import onnx
+import pytest
+import torch
+from small import ratio_db, small
+
+from asteroid_tiny import export
+from asteroid_tiny.export import OnnxSeparator, export_onnx
+
+SIZES = dict(n_filters=64, bn_chan=64, ff_hid=128, n_repeats=1, n_intra_layers=2, n_inter_layers=1)
+
+
+@pytest.fixture(scope="module")
+def speech(pack):
+    from asteroid_tiny.data import SpeechDir
+
+    valid = SpeechDir(pack / "valid", 8000)
+    first, second, *_ = (keys[0] for keys in valid.by_speaker.values())
+    return torch.from_numpy(valid.read(first)[:20000] + valid.read(second)[:20000])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    model = small(**SIZES)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    return model, path, export_onnx(model, path)
+
+
+@pytest.mark.parametrize("length", [1, 15, 100, 7001, 33333])
+def test_estimates_are_those_of_the_model_at_any_length(exported, length):
+    model, path, _ = exported
+    mixture = torch.randn(length)
+    with torch.no_grad():
+        wanted = model(mixture)
+    estimates = OnnxSeparator(path)(mixture)
+    assert estimates.shape == wanted.shape == (2, length)
+    torch.testing.assert_close(estimates, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_file_separates_as_models_do(exported, speech):
+    model, path, outcome = exported
+    assert outcome["largest_error"] < 1e-3 and outcome["bytes"] == path.stat().st_size
+    separator = OnnxSeparator(path, n_threads=1)
+    batch = torch.stack([speech, speech.flip(0)])
+    torch.testing.assert_close(
+        separator.separate(batch[:, None]), model.separate(batch[:, None]), rtol=1e-3, atol=1e-4
+    )
+    assert separator(batch).shape == (2, 2, 20000)
+
+
+def test_a_file_says_what_it_is(exported):
+    model, path, _ = exported
+    facts = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert facts["sample_rate"] == "8000" and facts["n_src"] == "2"
+    assert facts["model"] == "TinySepformer"
+    assert json.loads(facts["args"]) == json.loads(json.dumps(model.get_model_args()))
+    assert OnnxSeparator(path).sample_rate == 8000
+
+
+def test_shared_layers_are_in_the_file_once(exported):
+    model, path, _ = exported
+    n_parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(torch.Size(t.dims).numel() for t in onnx.load(path).graph.initializer)
+    assert weights < 1.5 * n_parameters
+
+
+def test_a_file_that_disagrees_is_not_kept(exported, tmp_path, refused, monkeypatch):
+    _, path, _ = exported
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(path, part))
+    torch.manual_seed(1)
+    with refused("disagrees with the model at 8000 samples"):
+        export_onnx(small(**SIZES), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_close_and_small_or_refused(exported, tmp_path, refused, speech, monkeypatch):
+    model, path, _ = exported
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(path, part))
+    monkeypatch.setattr(export, "MOST_SIZE", 0.8)  # of so small a model the graph is much
+    outcome = export_onnx(model, tmp_path / "int8.onnx", "int8", speech)
+    with torch.no_grad():
+        wanted = model(speech)
+    assert outcome["si_sdr"] > 20
+    assert ratio_db(OnnxSeparator(tmp_path / "int8.onnx")(speech), wanted) > 15
+    monkeypatch.setattr(export, "LEAST_DB", 1000.0)
+    with refused("int8 would take", "nothing was kept"):
+        export_onnx(model, tmp_path / "other.onnx", "int8", speech)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+def test_torch_export_with_a_dynamic_length():
+    model = small(**{**SIZES, "n_intra_layers": 1})
+    dynamic = ({1: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (torch.zeros(1, 16000),), dynamic_shapes=dynamic).module()
+    for length in (5000, 12345, 24001):
+        mixture = torch.randn(1, length)
+        torch.testing.assert_close(program(mixture), model(mixture), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_no_file_of_a_separator_is_refused(tmp_path, refused):
+    with refused("none.onnx is missing"):
+        OnnxSeparator(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    with refused("text.onnx is no ONNX file"):
+        OnnxSeparator(tmp_path / "text.onnx")
