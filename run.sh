@@ -46,10 +46,7 @@ while [ $# -gt 0 ]; do
       [ "$2" -le 3 ] || fail "--$name must be a stage from 0 to 3, not '$2'"
       eval "$name=\$2" ;;
     recipe | tag | id | python_path) eval "$name=\$2" ;;
-    *)
-      grep -q "^  $name:" "$root/local/conf.yml" ||
-        fail "there is no option --$name; ./run.sh --help lists them"
-      settings+=("--$name" "$2") ;;
+    *) settings+=("--$name" "$2") ;;
   esac
   shift 2
 done
@@ -62,6 +59,10 @@ if [ -n "${help:-}" ]; then
   list_settings "$root/local/conf.yml" "$recipe_conf"
   exit
 fi
+for ((i = 0; i < ${#settings[@]}; i += 2)); do
+  grep -qh "^  ${settings[i]#--}:" "$root/local/conf.yml" "$recipe_conf" ||
+    fail "there is no option ${settings[i]}; ./run.sh --help lists them"
+done
 case $tag in */* | .*) fail "--tag '$tag' must be a plain name" ;; esac
 [ -n "$stop_stage" ] || stop_stage=$((stage > 3 ? stage : 3))
 [ -z "$id" ] || export CUDA_VISIBLE_DEVICES=$id

@@ -2,7 +2,7 @@
 
 A conf.yml is a mapping of sections, each a mapping of keys; the sections are for the reader alone,
 since every key is there once. The first file says which keys there are and, by its values, of
-which type; the others override some.
+which type; a recipe's file overrides some, and in its section `corpus` adds some of its own.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import yaml
 from .errors import UserError
 from .files import whole_file
 
+#: Folders of corpora.
+FOLDERS = ("librispeech_dir", "wham_dir", "metadata_dir", "librimix_dir")
 #: Settings that may differ between two starts of one run.
 OF_THE_MACHINE = (
     "accelerator",
@@ -24,10 +26,11 @@ OF_THE_MACHINE = (
     "eval_workers",
     "speech",
     "check",
+    *FOLDERS,
 )
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
-    "cooldown_steps colour overlap_ratio level_spread num_workers eval_workers"
+    "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers"
 ).split()
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100}
@@ -40,6 +43,7 @@ OF_NULL = {
     "path_norm": bool,
     "fb_init": str,
     "init_from": str,
+    **dict.fromkeys(FOLDERS, str),
 }
 
 
@@ -54,8 +58,8 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_conf(path):
-    """All keys of a conf.yml in one flat dict.
+def read_conf(path, section=None):
+    """All keys of a conf.yml, or those of one section, in one flat dict.
 
     Raises:
         UserError: If the file is missing or not a mapping of mappings, or a key is there twice.
@@ -68,13 +72,30 @@ def read_conf(path):
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise UserError(f"{path} must consist of sections with 'key: value' lines")
+    if section:
+        return sections.get(section, {})
     flat = {}
-    for section in sections.values():
-        for key, value in section.items():
+    for keys in sections.values():
+        for key, value in keys.items():
             if key in flat:
                 raise UserError(f"{path} has {key!r} twice")
             flat[key] = value
     return flat
+
+
+def read_recipe(base, recipe):
+    """The settings of a recipe with their defaults.
+
+    Args:
+        base (str or Path): The conf.yml of all recipes.
+        recipe (str or Path): That of the recipe. Its section `corpus` adds keys, the others
+            override some.
+
+    Returns:
+        dict: All settings.
+    """
+    known = read_conf(base) | read_conf(recipe, section="corpus")
+    return merge(known, read_conf(recipe), str(recipe))
 
 
 def merge(base, overrides, where):

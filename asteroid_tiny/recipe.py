@@ -3,8 +3,9 @@
 A run lives in one folder::
 
     conf.yml                 its settings
+    speech/                  Kaldi data dirs, where the recipe does not have them
     check.txt                what is odd in its speech
-    lists/{valid,test}.csv   its mixtures
+    lists/{valid,test}.csv   its mixtures; train.csv if they are not drawn afresh
     checkpoints/, logs/      its training
     best_model.pth           the model with the best validation loss, as Asteroid stores models
     training.json            how it was trained
@@ -15,14 +16,25 @@ Each stage says what it did; one that is done already says that.
 
 import hashlib
 import inspect
+import itertools
 import json
 import time
 from pathlib import Path
 
 import torch
 
-from .data import MixtureList, SpeechDir, check_disjoint, draw_list, own, write_list
-from .data.check import check_speech, format_findings
+from .data import (
+    MixtureList,
+    NoiseDir,
+    SpeechDir,
+    check_disjoint,
+    draw_list,
+    librimix,
+    own,
+    write_list,
+    wsj0mix,
+)
+from .data.check import check_dir, check_speech, format_findings
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
@@ -31,7 +43,9 @@ from .models import PRESETS
 FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
 GPU_FLOPS = 50e12  # a second, sustained in bf16: what a large GPU may reach with such layers
 SHORTEST = 0.5  # s: utterances below are reported
-CORPORA = ("kaldi", "own")
+#: Corpora that have mixture lists of their own, and their modules.
+LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
+CORPORA = ("kaldi", "own", *LISTED)
 SPLITS = ("train", "valid", "test")
 
 
@@ -60,7 +74,14 @@ def build_model(settings):
 
 def open_split(exp_dir, settings, split):
     """The `SpeechDir` of a split."""
-    return SpeechDir(speech_folder(exp_dir, settings) / split, settings["sample_rate"])
+    folder = speech_folder(exp_dir, settings) / split
+    return SpeechDir(folder, settings["sample_rate"], convert=settings["corpus"] in LISTED)
+
+
+def open_noise(exp_dir, settings, split):
+    """The `NoiseDir` of a split, None if the recipe has no noise."""
+    folder = speech_folder(exp_dir, settings) / f"{split}_noise"
+    return NoiseDir(folder, settings["sample_rate"], convert=True) if folder.is_dir() else None
 
 
 def speech_folder(exp_dir, settings):
@@ -80,13 +101,16 @@ def prepare_speech(exp_dir, settings):
     folder = source_folder(exp_dir, settings)
     if settings["corpus"] not in CORPORA:
         raise UserError(f"corpus must be one of {', '.join(CORPORA)}, not {settings['corpus']!r}")
+    target = speech_folder(exp_dir, settings)
     if settings["corpus"] == "own":
-        target = speech_folder(exp_dir, settings)
         own.prepare(folder, target, settings["n_src"], settings["sample_rate"])
+    if settings["corpus"] in LISTED:
+        LISTED[settings["corpus"]].prepare(folder, target, settings)
     if (folder / "SHA256SUMS").exists():
         verify_checksums(folder)
     splits = {split: open_split(exp_dir, settings, split) for split in SPLITS}
-    check_disjoint(**splits)
+    for group in LISTED[settings["corpus"]].DISJOINT if settings["corpus"] in LISTED else [SPLITS]:
+        check_disjoint(**{split: splits[split] for split in group})
     for split, speech in splits.items():
         check_speakers(speech, settings["n_src"])
         print(
@@ -113,26 +137,50 @@ def verify_checksums(folder):
 
 
 def make_lists(exp_dir, settings):
-    """Stage 1: checks the speech and draws the fixed validation and test lists."""
+    """Stage 1: checks the speech; draws validation and test lists, or takes the corpus's own."""
     check_all(exp_dir, settings)
-    length = round(settings["eval_segment"] * settings["sample_rate"])
-    for split in ("valid", "test"):
-        path = Path(exp_dir) / "lists" / f"{split}.csv"
-        speech = open_split(exp_dir, settings, split)
+    for split in SPLITS if not settings["dynamic_mixing"] else ("valid", "test"):
+        path = list_path(exp_dir, split)
         if path.exists():
-            print(f"  {split}: {len(MixtureList(speech, path))} mixtures, drawn before")
+            print(f"  {split}: {len(open_list(exp_dir, settings, split))} mixtures, made before")
             continue
-        mixtures = draw_list(
-            speech,
-            settings[f"n_{split}"],
-            settings["n_src"],
-            length,
-            settings[f"{split}_seed"],
-            settings["max_gap"],
-            settings["overlap_ratio"],
-        )
+        if settings["corpus"] in LISTED:
+            mixtures = take_list(exp_dir, settings, split)
+        else:
+            mixtures = draw_split(exp_dir, settings, split)
         write_list(path, mixtures, settings["sample_rate"])
-        print(f"  {split}: {len(mixtures)} mixtures of {settings['eval_segment']:g} s")
+        hours = sum(mixture.length for mixture in mixtures) / settings["sample_rate"] / 3600
+        print(f"  {split}: {len(mixtures)} mixtures, {hours:.2f} h")
+
+
+def draw_split(exp_dir, settings, split):
+    """The validation or test mixtures of a corpus that has no lists (list of Mixture)."""
+    if split == "train":
+        raise UserError(f"corpus {settings['corpus']} has no list; it needs dynamic_mixing true")
+    return draw_list(
+        open_split(exp_dir, settings, split),
+        settings[f"n_{split}"],
+        settings["n_src"],
+        round(settings["eval_segment"] * settings["sample_rate"]),
+        settings[f"{split}_seed"],
+        settings["max_gap"],
+        settings["overlap_ratio"],
+    )
+
+
+def take_list(exp_dir, settings, split):
+    """The mixtures of a corpus's own list; for validation and test so many, evenly spread."""
+    speech, noise = (open_it(exp_dir, settings, split) for open_it in (open_split, open_noise))
+    mixtures = LISTED[settings["corpus"]].mixtures(split, speech, noise, settings)
+    count = settings.get(f"n_{split}", len(mixtures))
+    if count >= len(mixtures):
+        return mixtures
+    return [mixtures[i * len(mixtures) // count] for i in range(count)]
+
+
+def list_path(exp_dir, split):
+    """Where the mixture list of a split is."""
+    return Path(exp_dir) / "lists" / f"{split}.csv"
 
 
 def check_all(exp_dir, settings):
@@ -144,7 +192,12 @@ def check_all(exp_dir, settings):
     target = Path(exp_dir) / "check.txt"
     if target.exists() or not settings["check"]:
         return
-    findings = check_speech(speech_folder(exp_dir, settings), settings["sample_rate"], SHORTEST)
+    folder = speech_folder(exp_dir, settings)
+    if settings["corpus"] in LISTED:  # some share speakers between splits, stage 0 says which
+        dirs = [check_dir(folder / split, shortest=SHORTEST) for split in SPLITS]
+        findings = list(itertools.chain.from_iterable(dirs))
+    else:
+        findings = check_speech(folder, settings["sample_rate"], SHORTEST)
     if findings:
         print(format_findings(findings, most=3))
     fatal = sum(finding.fatal for finding in findings)
@@ -159,8 +212,8 @@ def check_all(exp_dir, settings):
 
 def open_list(exp_dir, settings, split):
     """The `MixtureList` of a split."""
-    path = Path(exp_dir) / "lists" / f"{split}.csv"
-    return MixtureList(open_split(exp_dir, settings, split), path)
+    speech, noise = (open_it(exp_dir, settings, split) for open_it in (open_split, open_noise))
+    return MixtureList(speech, list_path(exp_dir, split), noise)
 
 
 def train_model(exp_dir, settings):
@@ -176,7 +229,9 @@ def train_model(exp_dir, settings):
     model = build_model(settings)
     if settings["init_from"]:
         copy_weights(model, settings["init_from"])
-    speech, valid = open_split(exp_dir, settings, "train"), open_list(exp_dir, settings, "valid")
+    open_training = open_split if settings["dynamic_mixing"] else open_list
+    speech = open_training(exp_dir, settings, "train")
+    valid = open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
     if outcome is None:  # the first process does the rest

@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from .data import DynamicMixtures, EpochSampler, SharedOut
+from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .errors import UserError
 from .hub import load_weights_only, save_whole
 
@@ -54,8 +54,8 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
     """Warm-up, halving on plateau, and a final descent to zero; counted in steps.
 
     The rate rises linearly over `warmup_steps`, is halved whenever `observe` has seen no better
-    validation loss `patience` times in a row, and over the last `cooldown_steps` of `total_steps`
-    falls linearly to zero.
+    validation loss `patience` times in a row after the first `hold_steps`, and over the last
+    `cooldown_steps` of `total_steps` falls linearly to zero.
 
     Args:
         optimizer (torch.optim.Optimizer): Whose rates are set.
@@ -63,13 +63,17 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
         warmup_steps (int): Steps of the rise.
         cooldown_steps (int): Steps of the descent; 0 for none.
         patience (int): Validations without a better loss before the rate is halved.
+        hold_steps (int): First steps, in which it is not halved and nothing is observed.
     """
 
-    def __init__(self, optimizer, total_steps, warmup_steps=0, cooldown_steps=0, patience=2):
+    def __init__(
+        self, optimizer, total_steps, warmup_steps=0, cooldown_steps=0, patience=2, hold_steps=0
+    ):
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.cooldown_steps = cooldown_steps
         self.patience = patience
+        self.hold_steps = hold_steps
         self.best = float("inf")
         self.n_worse = 0
         self.n_halvings = 0
@@ -86,6 +90,8 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
 
     def observe(self, val_loss):
         """Takes note of a validation loss (float), which counts from the next `step` on."""
+        if self.last_epoch < self.hold_steps:
+            return
         if val_loss < self.best:
             self.best, self.n_worse = val_loss, 0
             return
@@ -175,8 +181,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
 
     Args:
         model (torch.nn.Module): (batch, time) -> (batch, n_src, time).
-        train_speech (SpeechDir): Speech from which training mixtures are drawn.
-        valid_set (MixtureList): Validation mixtures, all of one length.
+        train_speech (SpeechDir or MixtureList): Speech from which training mixtures are drawn, or
+            a list of training mixtures.
+        valid_set (MixtureList): Validation mixtures; one at a time if they differ in length.
         exp_dir (str or Path): Where `checkpoints/` and `logs/` go; an interrupted training that
             lies there is continued.
         conf (dict): The keys of the `data` and `training` sections of conf.yml.
@@ -195,7 +202,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         model.parameters(), lr=conf["lr"], weight_decay=conf["weight_decay"]
     )
     schedule = Schedule(
-        optimizer, total_steps, conf["warmup_steps"], conf["cooldown_steps"], conf["patience"]
+        optimizer,
+        total_steps,
+        *(conf[key] for key in ("warmup_steps", "cooldown_steps", "patience", "hold_steps")),
     )
     system = SeparationSystem(
         model=model,
@@ -203,7 +212,9 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         loss_func=separation_loss,
         train_loader=training_loader(train_speech, conf),
         val_loader=DataLoader(
-            valid_set, batch_size=per_process(conf), sampler=SharedOut(len(valid_set))
+            valid_set,
+            batch_size=per_process(conf) if valid_set.is_of_one_length() else 1,
+            sampler=SharedOut(len(valid_set)),
         ),
         scheduler={"scheduler": schedule, "interval": "step"},
         config=conf,
@@ -291,20 +302,28 @@ def checkpoints(exp_dir, name, monitor=None):
 
 
 def training_loader(speech, conf):
-    """Batches of freshly drawn mixtures, `steps_per_epoch` of them an epoch."""
+    """Batches of training mixtures, `steps_per_epoch` of them an epoch.
+
+    Args:
+        speech (SpeechDir or MixtureList): To draw mixtures from afresh, or to take them from.
+        conf (dict): As in `train`.
+    """
     size = conf["steps_per_epoch"] * conf["batch_size"]
-    mixtures = DynamicMixtures(
-        speech,
-        conf["n_src"],
+    common = dict(
         length=round(conf["segment"] * speech.sample_rate),
         seed=conf["seed"],
-        max_gap=conf["max_gap"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
-        overlap_ratio=conf["overlap_ratio"],
-        level_spread=conf["level_spread"],
-        colour=conf["colour"],
         size=size,
     )
+    if isinstance(speech, MixtureList):
+        mixtures = RepeatedMixtures(speech, **common)
+    else:
+        mixtures = DynamicMixtures(
+            speech,
+            conf["n_src"],
+            **{key: conf[key] for key in ("max_gap", "overlap_ratio", "level_spread", "colour")},
+            **common,
+        )
     return DataLoader(
         mixtures,
         batch_size=per_process(conf),

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from asteroid_tiny.config import begin_run, merge, parse_options, read_conf
+from asteroid_tiny.config import FOLDERS, begin_run, merge, parse_options, read_recipe
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,10 +14,9 @@ def main(recipe, tag, *options):
     if not recipe_dir.is_dir():
         there = ", ".join(sorted(path.parent.name for path in ROOT.glob("egs/*/TinySepformer")))
         raise UserError(f"there is no recipe {recipe!r}; there are: {there}")
-    settings = read_conf(ROOT / "local" / "conf.yml")
-    settings = merge(settings, read_conf(recipe_dir / "conf.yml"), f"egs/{recipe}/conf.yml")
+    settings = read_recipe(ROOT / "local" / "conf.yml", recipe_dir / "conf.yml")
     given = parse_options(list(options), settings)
-    for key in ("speech", "init_from"):  # relative to where the user is
+    for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
         if key in given and Path(str(given[key])).exists():
             given[key] = str(Path(given[key]).absolute())
     settings = merge(settings, given, "options")

@@ -17,6 +17,7 @@ from asteroid_tiny.config import (
     merge,
     parse_options,
     read_conf,
+    read_recipe,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,6 +253,7 @@ def test_the_settings_of_a_run_are_written_whole(tmp_path, monkeypatch):
 
 # ---- local/conf.yml and the recipes' own
 
+RECIPES = sorted(ROOT.glob("egs/*/*/conf.yml"))
 recipe_files = pytest.mark.skipif(not CONF.exists(), reason="an installed package has no recipes")
 
 
@@ -268,8 +270,9 @@ def test_every_setting_is_explained_on_its_line():
 def test_defaults_are_values_that_would_be_accepted():
     defaults = read_conf(CONF)
     assert merge(defaults, defaults, CONF) == defaults
+    there = defaults.keys() | set().union(*(read_conf(path, "corpus") for path in RECIPES))
     known = {*OF_THE_MACHINE, *MAY_BE_ZERO, *BELOW, *OF_NULL}
-    assert known <= defaults.keys(), "rules for settings that are no more"
+    assert known <= there, "rules for settings that are no more"
 
 
 @recipe_files
@@ -285,13 +288,11 @@ def test_sizes_are_arguments_of_the_model_and_of_their_type():
 
 
 @recipe_files
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("egs/*/*/conf.yml")), ids=lambda path: path.parts[-3]
-)
-def test_recipes_override_what_there_is(path):
-    overrides, defaults = read_conf(path), read_conf(CONF)
-    settings = merge(defaults, overrides, path)
-    sections = yaml.safe_load(CONF.read_text())
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parts[-3])
+def test_recipes_override_what_there_is_or_add_to_the_corpus(path):
+    defaults, settings = read_conf(CONF), read_recipe(CONF, path)
+    assert not defaults.keys() & read_conf(path, "corpus").keys()
+    sections = yaml.safe_load(CONF.read_text()) | {"corpus": settings}
     for section, keys in yaml.safe_load(path.read_text()).items():
         assert keys.keys() <= sections[section].keys(), "a key in another section than its default"
     assert settings != defaults

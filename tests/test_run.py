@@ -72,7 +72,7 @@ def test_help_lists_every_setting_with_the_default_of_the_recipe():
         (["--stage"], "--stage needs a value"),
         (["--stage", "four"], "must be a stage from 0 to 3, not 'four'"),
         (["--stage", "-1"], "must be a stage"),
-        (["--recipe", "none"], "no recipe 'none'; there are: minispeech"),
+        (["--recipe", "none"], "no recipe 'none'; there are: librimix minispeech"),
         (["--tag", "../x"], "must be a plain name"),
         (["--python_path", "/no/python"], "/no/python is no program"),
         (["--steps", "many"], "steps must be a whole number, not 'many'"),

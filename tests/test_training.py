@@ -3,17 +3,19 @@
 import errno
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from asteroid_tiny import TinySepformer, UserError
+from asteroid_tiny.config import read_conf
 from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
 from asteroid_tiny.training import Schedule, separation_loss, train
 
 SIZES = dict(n_filters=16, kernel_size=32, stride=16, bn_chan=16, ff_hid=16, n_heads=2)
 DEPTH = dict(chunk_size=20, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
-CONF = dict(
+CONF = read_conf(Path(__file__).resolve().parents[1] / "local" / "conf.yml") | dict(
     n_src=2,
     segment=0.5,
     max_gap=5.0,

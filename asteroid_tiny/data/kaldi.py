@@ -7,6 +7,7 @@ The tables, one entry a line (https://kaldi-asr.org/doc/data_prep.html)::
     utt2spk         utterance  speaker
     spk2gender      speaker    m|f             (optional)
     spk2production  speaker    production      (optional, ours: who was recorded in one production)
+    utt2num_samples utterance  samples         (optional, ESPnet's: spares opening every file)
 
 Without `segments` each recording is one utterance. Commands in wav.scp (``... |``) are not run.
 """
@@ -17,10 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile as sf
+from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import whole_folder
 
 CACHE_BYTES = 1 << 30
+BAR = dict(desc="  opening files", delay=3, leave=False, disable=None)  # if it takes long
 WIDE_SUBTYPES = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
 
 
@@ -39,9 +43,11 @@ class SpeechDir:
     Args:
         path (str or Path): The data dir.
         sample_rate (int, optional): The rate in Hz that is asked for; any if not given.
+        convert (bool): Whether recordings may have a higher rate, from which mixing converts.
 
     Attributes:
-        sample_rate (int): Rate of all recordings in Hz.
+        sample_rate (int): Rate in Hz of the mixtures that are made of it.
+        recorded_rate (int): Rate in Hz of all recordings, in which utterances are counted.
         utterances (dict): `Utterance` by id.
         by_speaker (dict): Sorted ids of the utterances of each speaker.
         spk2gender, spk2production (dict): As in the tables; empty without them.
@@ -51,14 +57,16 @@ class SpeechDir:
             of another rate, or an utterance has no speaker or lies outside its recording.
     """
 
-    def __init__(self, path, sample_rate=None):
+    first_channel = False  # whether of recordings with several channels the first is taken
+
+    def __init__(self, path, sample_rate=None, convert=False):
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a folder; a Kaldi data dir is needed there")
         self.wavs = {
             key: self._wav_path(key, value) for key, value in self._table("wav.scp").items()
         }
-        lengths = self._lengths(sample_rate)
+        lengths = self._lengths(sample_rate, convert)
         self.utterances = self._utterances(lengths)
         self.by_speaker = collections.defaultdict(list)
         for key in sorted(self.utterances):
@@ -82,11 +90,15 @@ class SpeechDir:
         where = self.utterances[utterance]
         length = where.length - start if length is None else length
         first = where.start + start
-        return self._cache.read(self.wavs[where.recording], first, first + length)
+        wav = self.wavs[where.recording]
+        samples = self._cache.read(wav, first, first + length)
+        if len(samples) != length:
+            raise UserError(f"{wav} is shorter than it was when {self.path} was made; make it anew")
+        return samples
 
     def minutes(self):
         """Speech in minutes, by the lengths of the utterances (float)."""
-        return sum(utt.length for utt in self.utterances.values()) / self.sample_rate / 60
+        return sum(utt.length for utt in self.utterances.values()) / self.recorded_rate / 60
 
     def _table(self, name, optional=False):
         if optional and not (self.path / name).exists():
@@ -101,30 +113,38 @@ class SpeechDir:
             )
         return str(self.path / value)
 
-    def _lengths(self, sample_rate):
-        """Lengths of all recordings in samples; sets `self.sample_rate`."""
+    def _lengths(self, sample_rate, convert):
+        """Lengths of all recordings in samples; sets the rates."""
+        known = {}
+        if not (self.path / "segments").exists():
+            known = self._table("utt2num_samples", optional=True)
         lengths = {}
-        for recording, wav in self.wavs.items():
+        self.recorded_rate = None
+        for recording, wav in tqdm(self.wavs.items(), **BAR):
+            if self.recorded_rate and known.get(recording, "").isdigit():
+                lengths[recording] = int(known[recording])
+                continue
             info = open_info(wav)
-            if info.channels != 1:
+            if info.channels != 1 and not self.first_channel:
                 raise UserError(f"{wav} has {info.channels} channels; speech must be mono")
             if info.frames == 0:
                 raise UserError(f"{wav} holds no samples")
-            wanted = sample_rate or info.samplerate
-            if info.samplerate != wanted:
+            wanted = self.recorded_rate or sample_rate or info.samplerate
+            may_be_higher = convert and not self.recorded_rate
+            if info.samplerate != wanted and not (may_be_higher and info.samplerate > wanted):
                 raise UserError(
                     f"{wav} has {info.samplerate} Hz where {wanted} Hz are needed; resample it or "
                     "set sample_rate"
                 )
-            sample_rate = wanted
+            self.recorded_rate = info.samplerate
             lengths[recording] = info.frames
-        self.sample_rate = sample_rate
+        self.sample_rate = sample_rate or self.recorded_rate
         return lengths
 
     def _utterances(self, lengths):
         segments = self._table("segments", optional=True)
         if not (self.path / "segments").exists():
-            segments = {key: f"{key} 0 {n / self.sample_rate}" for key, n in lengths.items()}
+            segments = {key: f"{key} 0 {n / self.recorded_rate}" for key, n in lengths.items()}
         speakers = self._table("utt2spk")
         utterances = {}
         for key, value in segments.items():
@@ -132,7 +152,7 @@ class SpeechDir:
                 raise UserError(f"{self.path / 'utt2spk'} names no speaker for utterance {key!r}")
             try:
                 recording, *times = value.split()
-                start, end = (round(float(time) * self.sample_rate) for time in times)
+                start, end = (round(float(time) * self.recorded_rate) for time in times)
             except (ValueError, OverflowError):
                 raise UserError(
                     f"{self.path / 'segments'}: {key!r} is not followed by recording, start and end"
@@ -144,7 +164,7 @@ class SpeechDir:
             if not 0 <= start < end <= lengths[recording] + 1:
                 raise UserError(
                     f"{self.path / 'segments'}: {key!r} does not lie inside its recording, which "
-                    f"has {lengths[recording] / self.sample_rate:.2f} s"
+                    f"has {lengths[recording] / self.recorded_rate:.2f} s"
                 )
             end = min(end, lengths[recording])
             utterances[key] = Utterance(recording, start, end - start, speakers[key])
@@ -179,30 +199,80 @@ def read_table(path):
     return table
 
 
+def write_dir(folder, tables, kind=SpeechDir):
+    """Writes a Kaldi data dir, whole or not at all.
+
+    Args:
+        folder (Path): The data dir; one that is there is replaced.
+        tables (dict): Lines by key of each table; empty ones are left out. Paths are absolute.
+        kind (type): `SpeechDir` or `NoiseDir`, by which it is checked.
+
+    Raises:
+        UserError: If a recording is none or does not go with the others, see `SpeechDir`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as part:
+        for name, lines in tables.items():
+            if lines:
+                text = "".join(f"{key} {value}\n" for key, value in lines.items())
+                (part / name).write_text(text, encoding="utf-8")
+        utterances = kind(part).utterances.items()  # opens every file, for the last time
+        text = "".join(f"{key} {utterance.length}\n" for key, utterance in utterances)
+        (part / "utt2num_samples").write_text(text, encoding="utf-8")
+
+
+class NoiseDir(SpeechDir):
+    """A Kaldi data dir of noise, which has no end: behind it, it begins again.
+
+    Of recordings with several channels the first is taken. The seam is a cross-fade of half a
+    second with a Hann window, as LibriMix's generator extends WHAM!'s noises.
+    """
+
+    first_channel = True
+
+    def read(self, utterance, start=0, length=None):
+        samples = super().read(utterance)
+        if samples.ndim > 1:
+            samples = samples[:, 0]
+        end = len(samples) if length is None else start + length
+        return _repeat(samples, end, fade=self.recorded_rate // 2 + 1)[start:end]
+
+
+def _repeat(samples, length, fade):
+    """`length` samples or more: `samples` again and again, cross-faded over `fade` samples."""
+    fade = min(fade, len(samples) // 2)
+    rise = np.hanning(2 * fade - 1)[:fade]
+    longer = samples
+    while len(longer) < length:
+        seam = longer[-fade:] * rise[::-1] + samples[:fade] * rise
+        longer = np.concatenate([longer[:-fade], seam, samples[fade:]])
+    return longer
+
+
 class RecordingCache:
     """Decoded recordings, the least recently used given up beyond `max_bytes`."""
 
     def __init__(self, max_bytes=CACHE_BYTES):
         self.max_bytes = max_bytes
         self._held = collections.OrderedDict()
+        self._n_bytes = 0
 
     def read(self, path, start, end):
         """Samples `start` to `end` of the file, (end - start,), float32."""
         if path not in self._held:
             self._held[path] = decode(path)
-            while len(self._held) > 1 and self._bytes() > self.max_bytes:
-                self._held.popitem(last=False)
+            self._n_bytes += self._held[path].nbytes
+            while len(self._held) > 1 and self._n_bytes > self.max_bytes:
+                _, given_up = self._held.popitem(last=False)
+                self._n_bytes -= given_up.nbytes
         self._held.move_to_end(path)
         part = self._held[path][start:end]
         if part.dtype == np.int16:
             return part.astype(np.float32) / 32768
         return part.copy()
 
-    def _bytes(self):
-        return sum(samples.nbytes for samples in self._held.values())
-
     def __getstate__(self):
-        return {"max_bytes": self.max_bytes, "_held": collections.OrderedDict()}
+        return RecordingCache(self.max_bytes).__dict__
 
 
 def open_info(path):

@@ -35,8 +35,8 @@ class Source(NamedTuple):
 
     Attributes:
         utterance (str): Id of the utterance.
-        start (int): First sample taken from the utterance.
-        length (int): Number of samples taken.
+        start (int): First sample taken from the utterance, at the rate of its recording.
+        length (int): Number of samples taken, at the rate of its recording.
         offset (int): Sample of the mixture at which it begins.
         gain (float): Gain in dB.
         speed (int): Playback speed in percent.
@@ -51,11 +51,12 @@ class Source(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A mixture: its id, length in samples, and sources."""
+    """A mixture: its id, length in samples, sources, and noise, a `Source` too, or None."""
 
     mixture_id: str
     length: int
     sources: tuple
+    noise: Source = None
 
 
 def draw_mixture(
@@ -108,14 +109,15 @@ def draw_mixture(
 
 
 def _draw_stretch(speech, rng, speaker, length, speed):
-    needed = -(-length * speed // 100)
+    up, down = _rates(speech, speed)
+    needed = -(-length * down // up)
     keys = speech.by_speaker[speaker]
     lengths = np.array([speech.utterances[key].length for key in keys])
     weights = np.maximum(lengths - needed + 1, 0) if lengths.max() >= needed else lengths
     chosen = rng.choice(len(keys), p=weights / weights.sum())
     taken = min(needed, int(lengths[chosen]))
     start = int(rng.integers(lengths[chosen] - taken + 1))
-    spare = length - -(-taken * 100 // speed)
+    spare = length - -(-taken * up // down)
     offset = int(rng.integers(spare + 1)) if spare > 0 else 0
     return Source(keys[chosen], start, taken, offset, 0.0, speed)
 
@@ -170,24 +172,31 @@ def check_speakers(speech, n_src):
 
 
 def write_list(path, mixtures, sample_rate):
-    """Writes a mixture list: a CSV with one row a mixture and six columns a source."""
-    n_src = len(mixtures[0].sources)
+    """Writes a mixture list: a CSV with one row a mixture and six columns a source or noise."""
+    parts = _parts(len(mixtures[0].sources), mixtures[0].noise)
     header = ["mixture_id", "sample_rate", "length"]
-    header += [f"source_{i}_{name}" for i in range(1, n_src + 1) for name in Source._fields]
+    header += [f"{part}_{name}" for part in parts for name in Source._fields]
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for mixture in mixtures:
-            flat = itertools.chain.from_iterable(mixture.sources)
+            noise = (mixture.noise,) if mixture.noise else ()
+            flat = itertools.chain.from_iterable(mixture.sources + noise)
             writer.writerow([mixture.mixture_id, sample_rate, mixture.length, *flat])
 
 
-def read_list(path, speech):
+def _parts(n_src, has_noise):
+    """What the names of the columns of a list begin with."""
+    return [f"source_{i}" for i in range(1, n_src + 1)] + ["noise"] * bool(has_noise)
+
+
+def read_list(path, speech, noise=None):
     """Reads a mixture list and checks it against its speech.
 
     Args:
         path (str or Path): The CSV file.
         speech (SpeechDir): Where its utterances are.
+        noise (NoiseDir, optional): Where its noises are.
 
     Returns:
         list of Mixture: The list.
@@ -220,6 +229,12 @@ def read_list(path, speech):
                     f"mixture list {path}, line {number}: {speech.path} does not have that much "
                     f"of utterance {source.utterance!r}"
                 )
+        if mixture.noise and (noise is None or mixture.noise.utterance not in noise.utterances):
+            where = noise.path if noise else "there is no folder of noise, which"
+            raise UserError(
+                f"mixture list {path}, line {number}: {where} does not have noise "
+                f"{mixture.noise.utterance!r}"
+            )
         mixtures.append(mixture)
     check_ids(path, mixtures)
     return mixtures
@@ -234,43 +249,54 @@ def check_ids(path, mixtures):
 
 
 def _parse_row(row):
-    n_src = sum(name.endswith("_utterance") for name in row)
-    mixture_length = int(row["length"])
-    sources = []
-    for i in range(1, n_src + 1):
-        fields = {name: row[f"source_{i}_{name}"] for name in Source._fields}
-        numbers = {name: int(fields[name]) for name in ("start", "length", "offset", "speed")}
-        gain = float(fields["gain"])
-        if numbers["start"] < 0 or min(numbers["length"], numbers["speed"]) < 1:
-            raise ValueError
-        if not 0 <= numbers["offset"] < mixture_length or not np.isfinite(gain):
-            raise ValueError
-        sources.append(Source(**{**fields, **numbers, "gain": gain}))
-    if not sources:
+    n_src = sum(name.startswith("source_") and name.endswith("_utterance") for name in row)
+    length = int(row["length"])
+    parts = _parts(n_src, "noise_utterance" in row)
+    sources = [_parse_source(row, part, length) for part in parts]
+    if not n_src:
         raise ValueError
-    return Mixture(row["mixture_id"], mixture_length, tuple(sources)), int(row["sample_rate"])
+    mixture = Mixture(row["mixture_id"], length, tuple(sources[:n_src]), *sources[n_src:])
+    return mixture, int(row["sample_rate"])
 
 
-def render(speech, mixture):
+def _parse_source(row, part, mixture_length):
+    fields = {name: row[f"{part}_{name}"] for name in Source._fields}
+    numbers = {name: int(fields[name]) for name in ("start", "length", "offset", "speed")}
+    gain = float(fields["gain"])
+    if numbers["start"] < 0 or min(numbers["length"], numbers["speed"]) < 1:
+        raise ValueError
+    if not 0 <= numbers["offset"] < mixture_length or not np.isfinite(gain):
+        raise ValueError
+    return Source(**{**fields, **numbers, "gain": gain})
+
+
+def render(speech, mixture, noise=None):
     """Makes the audio of a mixture.
 
     Args:
         speech (SpeechDir): Where its utterances are.
         mixture (Mixture): What to mix.
+        noise (NoiseDir, optional): Where its noise is.
 
     Returns:
         tuple of torch.Tensor: Mixture, (time,), and its sources, (n_src, time), float32. The
-        mixture is the sum of the sources; where it would clip, all of them are scaled alike.
+        mixture is the sum of the sources and the noise; where it would clip, all of them are
+        scaled alike.
     """
-    sources = np.zeros((len(mixture.sources), mixture.length), dtype=np.float32)
-    for row, source in zip(sources, mixture.sources):
-        samples = _stretch(speech, source)[: mixture.length - source.offset]
-        row[source.offset : source.offset + len(samples)] = samples * 10 ** (source.gain / 20)
-    peak = np.abs(sources.sum(0)).max()
-    if peak > 1:
-        sources /= peak
-    sources = torch.from_numpy(sources)
-    return sources.sum(0), sources
+    parts = [_placed(speech, source, mixture.length) for source in mixture.sources]
+    if mixture.noise:
+        parts.append(_placed(noise, mixture.noise, mixture.length))
+    parts = torch.stack(parts)
+    parts /= max(1.0, float(parts.sum(0).abs().max()))
+    return parts.sum(0), parts[: len(mixture.sources)]
+
+
+def _placed(speech, source, length):
+    """A source in its place in a mixture of `length` samples, silence around it (torch.Tensor)."""
+    placed = np.zeros(length, dtype=np.float32)
+    samples = _stretch(speech, source)[: length - source.offset]
+    placed[source.offset : source.offset + len(samples)] = samples
+    return torch.from_numpy(placed)
 
 
 def same_colour(sources, rng, spread):
@@ -303,10 +329,20 @@ def same_colour(sources, rng, spread):
 
 
 def _stretch(speech, source):
+    """The samples of a source at its gain and speed, and at the rate of the mixture."""
     samples = speech.read(source.utterance, source.start, source.length)
-    if source.speed != 100:
-        samples = resample_poly(samples, 100, source.speed).astype(np.float32)
-    return samples
+    samples = samples * 10 ** (source.gain / 20)
+    up, down = _rates(speech, source.speed)
+    if up != down:
+        samples = resample_poly(samples, up, down)
+    return samples.astype(np.float32)
+
+
+def _rates(speech, speed):
+    """Samples of a mixture, and those of a recording that they are made of at a speed."""
+    up, down = 100 * speech.sample_rate, speed * speech.recorded_rate
+    common = math.gcd(up, down)
+    return up // common, down // common
 
 
 class MixtureList(torch.utils.data.Dataset):
@@ -315,21 +351,27 @@ class MixtureList(torch.utils.data.Dataset):
     Args:
         speech (SpeechDir): Where the utterances are.
         path (str or Path): The list, as `write_list` writes it.
+        noise (NoiseDir, optional): Where the noises are, if the list has some.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, speech, path):
+    def __init__(self, speech, path, noise=None):
         self.speech = speech
-        self.mixtures = read_list(path, speech)
+        self.noise = noise
+        self.mixtures = read_list(path, speech, noise)
         self.sample_rate = speech.sample_rate
 
     def __len__(self):
         return len(self.mixtures)
 
     def __getitem__(self, index):
-        return render(self.speech, self.mixtures[index])
+        return render(self.speech, self.mixtures[index], self.noise)
+
+    def is_of_one_length(self):
+        """Whether all mixtures are equally long."""
+        return len({mixture.length for mixture in self.mixtures}) == 1
 
     def describe(self, index):
         """Who speaks in a mixture: dict of mixture_id, speakers, genders and productions."""
@@ -343,20 +385,14 @@ class MixtureList(torch.utils.data.Dataset):
         }
 
 
-class DynamicMixtures(torch.utils.data.Dataset):
-    """Endless training mixtures: item i is always the same one, and no two are alike.
+class EndlessMixtures(torch.utils.data.Dataset):
+    """Training mixtures without end: item i is always the same one, and no two are alike.
 
-    Recordings that turn out to be broken are named and passed over.
+    Recordings that turn out to be broken are named and passed over. Classes derived from this have
+    `speech`, a `SpeechDir`, and `_item(rng, index, attempt)`.
 
     Args:
-        speech (SpeechDir): Where the utterances are.
-        n_src (int): Number of sources, of different speakers.
-        length (int): Length in samples.
         seed (int): Seed; together with the item's number it settles the item.
-        max_gap, overlap_ratio (float): See `draw_mixture`.
-        speeds (sequence of int): Playback speeds in percent.
-        level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
-        colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
         size (int): What `len` says, the mixtures of one epoch.
 
     Raises:
@@ -364,6 +400,47 @@ class DynamicMixtures(torch.utils.data.Dataset):
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time).
+    """
+
+    def __init__(self, seed, size):
+        self.seed = seed
+        self.size = size
+        self.broken = set()
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        for attempt in itertools.count():
+            seed = [self.seed, index] + [attempt] * (attempt > 0)
+            try:
+                return self._item(np.random.default_rng(seed), index, attempt)
+            except UserError as error:
+                self._pass_over(str(error))
+
+    def _pass_over(self, reason):
+        if reason not in self.broken:
+            log.warning("%s; training goes on without it", reason)
+        self.broken.add(reason)
+        if len(self.broken) > MOST_BROKEN * len(self.speech.wavs):
+            raise UserError(
+                f"{len(self.broken)} of {len(self.speech.wavs)} recordings are broken, the last "
+                f"one: {reason}"
+            )
+
+
+class DynamicMixtures(EndlessMixtures):
+    """Training mixtures drawn afresh.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        n_src (int): Number of sources, of different speakers.
+        length (int): Length in samples.
+        seed, size (int): See `EndlessMixtures`.
+        max_gap, overlap_ratio (float): See `draw_mixture`.
+        speeds (sequence of int): Playback speeds in percent.
+        level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
+        colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
     """
 
     def __init__(
@@ -379,29 +456,16 @@ class DynamicMixtures(torch.utils.data.Dataset):
         colour=0.0,
         size=1,
     ):
+        super().__init__(seed, size)
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
         self.length = length
-        self.seed = seed
         self.draw = dict(max_gap=max_gap, speeds=speeds, overlap_ratio=overlap_ratio)
         self.level_spread = level_spread
         self.colour = colour
-        self.size = size
-        self.broken = set()
 
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        for attempt in itertools.count():
-            seed = [self.seed, index] + [attempt] * (attempt > 0)
-            try:
-                return self._item(np.random.default_rng(seed), str(index))
-            except UserError as error:
-                self._pass_over(str(error))
-
-    def _item(self, rng, mixture_id):
+    def _item(self, rng, index, attempt):
         speakers = rng.choice(list(self.speech.by_speaker), self.n_src, replace=False)
         level = LEVEL_DB + self.level_spread * rng.uniform(-1, 1)
         mixture = draw_mixture(
@@ -410,7 +474,7 @@ class DynamicMixtures(torch.utils.data.Dataset):
             speakers,
             self.length,
             level=level,
-            mixture_id=mixture_id,
+            mixture_id=str(index),
             **self.draw,
         )
         mixed, sources = render(self.speech, mixture)
@@ -419,15 +483,42 @@ class DynamicMixtures(torch.utils.data.Dataset):
             mixed = sources.sum(0)
         return mixed, sources
 
-    def _pass_over(self, reason):
-        if reason not in self.broken:
-            log.warning("%s; training goes on without it", reason)
-        self.broken.add(reason)
-        if len(self.broken) > MOST_BROKEN * len(self.speech.wavs):
-            raise UserError(
-                f"{len(self.broken)} of {len(self.speech.wavs)} recordings are broken, the last "
-                f"one: {reason}"
-            )
+
+class RepeatedMixtures(EndlessMixtures):
+    """Training mixtures of a list: one pass after another, each in an order of its own.
+
+    Of each mixture a stretch is taken at random, one in which all sources can be heard if ten
+    attempts find one; a shorter mixture is followed by silence.
+
+    Args:
+        mixtures (MixtureList): The list.
+        length (int): Length in samples.
+        seed, size (int): See `EndlessMixtures`.
+        speeds (sequence of int): Playback speeds in percent, drawn for each source.
+    """
+
+    def __init__(self, mixtures, length, seed, speeds=(100,), size=1):
+        super().__init__(seed, size)
+        self.mixtures = mixtures.mixtures
+        self.speech = mixtures.speech
+        self.noise = mixtures.noise
+        self.length = length
+        self.speeds = speeds
+
+    def _item(self, rng, index, attempt):
+        n_passes, place = divmod(index + attempt, len(self.mixtures))
+        order = np.random.default_rng([self.seed, n_passes, 0]).permutation(len(self.mixtures))
+        mixture = self.mixtures[order[place]]
+        sources = [s._replace(speed=int(rng.choice(self.speeds))) for s in mixture.sources]
+        signals = render(self.speech, mixture._replace(sources=tuple(sources)), self.noise)
+        missing = max(0, self.length - mixture.length)
+        signals = [torch.nn.functional.pad(signal, (0, missing)) for signal in signals]
+        for _ in range(10):
+            start = int(rng.integers(mixture.length + missing - self.length + 1))
+            mixed, sources = (signal[..., start : start + self.length] for signal in signals)
+            if (sources.square().mean(-1) > SILENT**2).all():
+                break
+        return mixed, sources
 
 
 class SharedOut(torch.utils.data.Sampler):

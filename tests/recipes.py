@@ -1,0 +1,39 @@
+"""Recipes with the smallest of models, run through their stages in this process."""
+
+from pathlib import Path
+
+from asteroid_tiny.config import merge, read_recipe
+from asteroid_tiny.recipe import evaluate_model, make_lists, prepare_speech, train_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = dict(
+    n_filters=32,
+    bn_chan=32,
+    ff_hid=32,
+    n_heads=2,
+    n_repeats=1,
+    n_intra_layers=1,
+    n_inter_layers=1,
+    chunk_size=50,
+    steps=4,
+    steps_per_epoch=2,
+    batch_size=2,
+    segment=0.5,
+    accelerator="cpu",
+    num_workers=0,
+    eval_workers=0,
+)
+
+
+def settings_of(recipe, **changes):
+    """The settings of a recipe, small and with some changes, as options are given."""
+    settings = read_recipe(
+        ROOT / "local" / "conf.yml", ROOT / "egs" / recipe / "TinySepformer" / "conf.yml"
+    )
+    return merge(settings, {**SMALL, **changes}, "test")
+
+
+def run_stages(exp_dir, settings):
+    """Stages 0 to 3."""
+    for stage in (prepare_speech, make_lists, train_model, evaluate_model):
+        stage(exp_dir, settings)

@@ -1,0 +1,449 @@
+"""LibriMix on the fly against the arithmetic of its generator, and its recipe through the stages.
+
+The corpus is a small one with the layouts of LibriSpeech, WHAM! and LibriMix's metadata, made of
+the embedded speech.
+"""
+
+import csv
+import hashlib
+import json
+import shutil
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from recipes import run_stages, settings_of
+from scipy.signal import resample_poly
+from sounds import peak_frequency
+
+from asteroid_tiny.data import DynamicMixtures, librimix
+from asteroid_tiny.recipe import make_lists, open_list, open_split, prepare_speech
+
+PARTS = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
+WHAM_PARTS = {"train": "tr", "valid": "cv", "test": "tt"}
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def corpus(clips, tmp_path_factory):
+    """A folder with LibriSpeech, wham_noise and metadata, as LibriMix's scripts find them."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for n, (split, part) in enumerate(PARTS.items()):
+        utterances = write_speech(root / "LibriSpeech" / part, 100 + 10 * n, clips)
+        noises = write_noises(root / "wham_noise", WHAM_PARTS[split], rng)
+        for n_src in (2, 3):
+            folder = root / "metadata" / f"Libri{n_src}Mix"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_metadata(folder / f"libri{n_src}mix_{part}.csv", utterances, noises, n_src, rng)
+    speakers = ["; a comment | of | it"] + [f"{s} | {'FM'[s % 2]} | part" for s in range(100, 123)]
+    (root / "LibriSpeech" / "SPEAKERS.TXT").write_text("\n".join(speakers))
+    return root
+
+
+def write_speech(folder, first_speaker, clips):
+    """Three speakers with two utterances each, of odd lengths, at 16 kHz; gives their paths."""
+    paths = []
+    for i, clip in enumerate(list(clips.values())[:3]):
+        for k, length in enumerate((20001 - 1234 * i, 25677 + 777 * i)):
+            samples = resample_poly(clip[16000 * k :] / 32768, 2, 1)[:length]
+            speaker = first_speaker + i
+            path = folder / f"{speaker}" / "7" / f"{speaker}-7-{k:04d}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sf.write(path, 0.2 * samples, RATE)  # mixtures must not clip
+            paths.append(path.relative_to(folder.parent).as_posix())
+    return paths
+
+
+def write_noises(folder, part, rng):
+    """Noises of two channels, one long and one short; gives their paths."""
+    (folder / part).mkdir(parents=True)
+    names = []
+    for name, length in (("long_1.5_x", 40000), ("short_-0.5_y", 17001)):
+        noise = 0.02 * rng.standard_normal((length, 2)).cumsum(0) / np.sqrt(length)
+        noise += 0.01 * rng.standard_normal((length, 2))
+        sf.write(folder / part / f"{name}.wav", noise, RATE)
+        names.append(f"{part}/{name}.wav")
+    return names
+
+
+def write_metadata(path, utterances, noises, n_src, rng):
+    header = ["mixture_ID"]
+    for i in range(1, n_src + 1):
+        header += [f"source_{i}_path", f"source_{i}_gain"]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*header, "noise_path", "noise_gain"])
+        for noise in noises:
+            speakers = rng.permutation(3)[:n_src]
+            chosen = [utterances[2 * s + rng.integers(2)] for s in speakers]
+            row = ["_".join(Path(utterance).stem for utterance in chosen)]
+            for utterance in chosen:
+                row += [utterance, rng.uniform(0.3, 1.6)]
+            writer.writerow([*row, noise, rng.uniform(0.3, 4)])
+
+
+def official(row, root, n_src, rate, mode):
+    """Sources and noise of a row as LibriMix's generator makes them, before they are written."""
+    tracks = [
+        sf.read(root / "LibriSpeech" / row[f"source_{i}_path"], dtype="float32")[0]
+        for i in range(1, n_src + 1)
+    ]
+    longest = max(map(len, tracks))
+    noise, _ = sf.read(root / "wham_noise" / row["noise_path"], dtype="float32", stop=longest)
+    tracks.append(extended(noise[:, 0], longest))
+    gains = [row[f"source_{i}_gain"] for i in range(1, n_src + 1)] + [row["noise_gain"]]
+    tracks = [resample_poly(t * float(g), rate, RATE) for t, g in zip(tracks, gains)]
+    length = (min if mode == "min" else max)(map(len, tracks))
+    return [np.pad(t, (0, max(0, length - len(t))))[:length] for t in tracks]
+
+
+def extended(noise, length):
+    """The noise, and again, each time overlapping by half a second under a Hann window."""
+    fade = np.sin(np.pi * np.arange(8001) / 16000) ** 2
+    whole = noise.astype(np.float64)
+    while len(whole) < length:
+        longer = np.zeros(len(whole) + len(noise) - 8001)
+        longer[: len(whole)] = whole
+        longer[len(whole) - 8001 : len(whole)] *= fade[::-1]
+        again = noise.astype(np.float64)
+        again[:8001] *= fade
+        longer[len(whole) - 8001 :] += again
+        whole = longer
+    return whole[:length].astype(np.float32) if length <= len(noise) else whole[:length]
+
+
+def written(signal, rate, path):
+    """A signal as 16-bit steps, once soundfile has written and read it."""
+    sf.write(path, signal, rate)
+    return sf.read(path, dtype="int16")[0].astype(np.int64)
+
+
+@pytest.fixture
+def prepared(corpus, tmp_path):
+    """Runs stages 0 and 1 with options: a function giving the run's folder and settings."""
+
+    def prepare(**options):
+        settings = settings_of("librimix", **{"speech": str(corpus), **options})
+        exp_dir = tmp_path / "recipe" / "exp" / "run"
+        prepare_speech(exp_dir, settings)
+        make_lists(exp_dir, settings)
+        return exp_dir, settings
+
+    return prepare
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("rate", [8000, 16000])
+@pytest.mark.parametrize("task", ["sep_clean", "sep_noisy"])
+@pytest.mark.parametrize("n_src", [2, 3])
+def test_mixtures_are_those_of_the_official_generator(
+    corpus, prepared, tmp_path, n_src, task, rate, mode
+):
+    exp_dir, settings = prepared(n_src=n_src, task=task, sample_rate=rate, mode=mode)
+    for split, part in PARTS.items():
+        path = corpus / "metadata" / f"Libri{n_src}Mix" / f"libri{n_src}mix_{part}.csv"
+        rows = list(csv.DictReader(path.open()))
+        listed = open_list(exp_dir, settings, split)
+        assert len(listed) == len(rows) == 2
+        for row, (mixture, sources), at in zip(rows, listed, listed.mixtures):
+            *wanted, noise = official(row, corpus, n_src, rate, mode)
+            summed = np.sum([*wanted, noise] if task == "sep_noisy" else wanted, axis=0)
+            for ours, theirs in zip([mixture, *sources], [summed, *wanted]):
+                steps = written(theirs, rate, tmp_path / "a.wav")
+                assert len(ours) == len(steps) == at.length
+                assert np.abs(ours.numpy().astype(np.float64) * 32768 - steps).max() <= 1.001
+                # nothing but the last bit of a float is different
+                same = steps == written(ours.numpy(), rate, tmp_path / "a.wav")
+                assert same.mean() > 0.998
+
+
+def test_speakers_and_genders_are_librispeechs(prepared):
+    exp_dir, settings = prepared()
+    listed = open_list(exp_dir, settings, "test")
+    speech = open_split(exp_dir, settings, "test")
+    assert (speech.sample_rate, speech.recorded_rate) == (8000, 16000)
+    assert speech.spk2gender == {"120": "f", "121": "m", "122": "f"}
+    described = listed.describe(0)
+    assert described["speakers"] == tuple(
+        part.split("-")[0] for part in described["mixture_id"].split("_")
+    )
+
+
+def test_no_file_but_the_first_is_opened_again(prepared, monkeypatch):
+    exp_dir, settings = prepared()
+    opened = []
+    real = sf.info
+    monkeypatch.setattr(sf, "info", lambda path: opened.append(path) or real(path))
+    assert len(open_split(exp_dir, settings, "train").utterances) == 6
+    assert len(opened) == 1
+
+
+def test_a_recording_that_became_shorter_is_named(prepared, refused):
+    exp_dir, settings = prepared()
+    speech = open_split(exp_dir, settings, "test")
+    key = "120-7-0001"
+    table = speech.path / "utt2num_samples"
+    length = speech.utterances[key].length
+    table.write_text(table.read_text().replace(f"{key} {length}", f"{key} {length + 1}"))
+    with refused(f"{key}.flac is shorter", "make it anew"):
+        open_split(exp_dir, settings, "test").read(key)
+
+
+def test_training_mixtures_can_be_drawn_afresh_at_half_the_rate(prepared):
+    exp_dir, settings = prepared(dynamic_mixing=True)
+    assert not (exp_dir / "lists" / "train.csv").exists()
+    drawn = DynamicMixtures(
+        open_split(exp_dir, settings, "train"), 2, 6000, seed=0, speeds=(95, 105)
+    )
+    for i in range(5):
+        mixture, sources = drawn[i]
+        assert sources.shape == (2, 6000) and torch.equal(mixture, sources.sum(0))
+        assert (sources.square().mean(1) > 1e-6).all()
+        power = np.abs(np.fft.rfft(sources.numpy())) ** 2  # of speech that had 4 kHz
+        assert power[:, 2950:].sum() < 0.02 * power.sum()
+
+
+def test_noise_of_another_speed_is_played_at_it(corpus, prepared, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    hum = 0.1 * np.sin(2 * np.pi * 1000 / RATE * np.arange(40000))
+    sf.write(copy / "wham_noise" / "tr" / "long_1.5_x.wav", np.stack([hum, 0 * hum], 1), RATE)
+    path = copy / "metadata" / "Libri2Mix" / "libri2mix_train-clean-100.csv"
+    path.write_text(path.read_text().replace("long_1.5_x.wav", "long_1.5_xsp08.wav"))
+    exp_dir, settings = prepared(task="sep_noisy", speech=str(copy))
+    mixture, sources = open_list(exp_dir, settings, "train")[0]
+    noise = (mixture - sources.sum(0)).numpy()
+    assert peak_frequency(noise) == pytest.approx(800, abs=1)
+    assert np.abs(noise[-500:]).max() > 0.02, "to the end"
+
+
+def generate(root, corpus, n_src, rate, mode):
+    """Writes a LibriMix as its generator does, but for the paths, which lead nowhere."""
+    tree = root / f"Libri{n_src}Mix" / f"wav{rate // 1000}k" / mode
+    (tree / "metadata").mkdir(parents=True)
+    for part, folder in zip(PARTS.values(), ("train-100", "dev", "test")):
+        names = []
+        path = corpus / "metadata" / f"Libri{n_src}Mix" / f"libri{n_src}mix_{part}.csv"
+        for row in csv.DictReader(path.open()):
+            *sources, noise = official(row, corpus, n_src, rate, mode)
+            tracks = {f"s{k}": source for k, source in enumerate(sources, 1)}
+            tracks |= {"noise": noise, "mix_clean": sum(sources), "mix_both": sum(sources) + noise}
+            for name, samples in tracks.items():
+                (tree / folder / name).mkdir(parents=True, exist_ok=True)
+                sf.write(tree / folder / name / f"{row['mixture_ID']}.wav", samples, rate)
+            names.append(row["mixture_ID"])
+        for mix in ("mix_clean", "mix_both"):
+            (tree / "metadata" / f"mixture_{folder}_{mix}.csv").write_text(
+                "mixture_ID,mixture_path\n" + "".join(f"{n},/moved/{n}.wav\n" for n in names)
+            )
+    return tree
+
+
+@pytest.mark.parametrize("task, mix", [("sep_clean", "mix_clean"), ("sep_noisy", "mix_both")])
+def test_a_generated_librimix_serves_as_well(corpus, prepared, tmp_path, capsys, task, mix):
+    tree = generate(tmp_path / "made", corpus, 2, 8000, "min")
+    exp_dir, settings = prepared(librimix_dir=str(tmp_path / "made"), task=task)
+    listed = open_list(exp_dir, settings, "test")
+    assert len(listed) == 2
+    for (mixture, sources), at in zip(listed, listed.mixtures):
+        stored, _ = sf.read(tree / "test" / mix / f"{at.mixture_id}.wav", dtype="float32")
+        assert np.abs(mixture.numpy() - stored).max() * 32768 <= 4
+        first, _ = sf.read(tree / "test" / "s1" / f"{at.mixture_id}.wav", dtype="float32")
+        assert np.array_equal(sources[0], first)
+    assert "differ" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"task": "sep_loud"}, "task must be sep_clean or sep_noisy"),
+        ({"subset": "train-500"}, "subset must be train-100 or train-360"),
+        ({"mode": "mean"}, "mode must be min or max"),
+        ({"sample_rate": 44100}, "sample_rate must be 8000 or 16000"),
+        ({"librispeech_dir": "/none"}, "/none/train-clean-100 is missing; --librispeech_dir"),
+        ({"metadata_dir": "/none"}, "libri2mix_train-clean-100.csv cannot be read"),
+        ({"librimix_dir": "/none"}, "mixture_train-100_mix_clean.csv cannot be read"),
+        ({"task": "sep_noisy", "dynamic_mixing": True}, "sep_noisy needs dynamic_mixing false"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said(prepared, refused, options, words):
+    with refused(words):
+        prepared(**options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("source_2_gain", "gain"),
+        lambda text: text.replace("tt/long", "").replace(",test-clean", ",0,test-clean", 1),
+        lambda text: text[: text.rindex(",")],
+    ],
+    ids=["column missing", "column too many", "cut off"],
+)
+def test_broken_metadata_are_named(corpus, tmp_path, refused, change):
+    path = tmp_path / "a.csv"
+    original = corpus / "metadata" / "Libri2Mix" / "libri2mix_test-clean.csv"
+    path.write_text(change(original.read_text()))
+    with refused(path, "is not a file of LibriMix's metadata"):
+        librimix.read_metadata(path)
+
+
+def test_metadata_that_name_missing_speech(corpus, prepared, refused, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    path = copy / "metadata" / "Libri2Mix" / "libri2mix_dev-clean.csv"
+    named = next(csv.DictReader(path.open()))["source_2_path"]
+    (copy / "LibriSpeech" / named).unlink()
+    with refused(f"lacks {named}, which LibriMix's metadata name"):
+        prepared(speech=str(copy))
+
+
+def test_the_recipe_runs_through_its_stages(corpus, tmp_path, capsys):
+    exp_dir = tmp_path / "recipe" / "exp" / "run"
+    settings = settings_of("librimix", speech=str(corpus), task="sep_noisy", n_test=1)
+    run_stages(exp_dir, settings)
+    summary = json.loads((exp_dir / "results" / "summary.json").read_text())
+    assert summary["n_mixtures"] == 1
+    assert json.loads((exp_dir / "training.json").read_text())["steps"] == 4
+    said = capsys.readouterr().out
+    assert "note: train has 2 mixtures, the official corpus has 13900" in said
+    assert "valid: 2 mixtures" in said
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder on the loopback, ranges as well; drops the first connections half-way."""
+
+    def __init__(self, folder, n_drops=0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.n_drops = n_drops
+        self.asked = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.server.folder / self.path.lstrip("/")
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.server.asked.append((path.name, begin))
+        if not path.is_file():
+            return self.send_error(404)
+        content = path.read_bytes()
+        self.send_response(206 if begin else 200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", len(content) - begin)
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.server.n_drops:
+            self.server.n_drops -= 1
+            self.wfile.write(content[begin : begin + (len(content) - begin) // 2])
+        else:
+            self.wfile.write(content[begin:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(corpus, tmp_path, monkeypatch):
+    """Serves the corpus as the archives of OpenSLR: a function that starts a server."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for part in PARTS.values():
+        path = folder / f"{part}.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(corpus / "LibriSpeech" / part, f"LibriSpeech/{part}")
+            archive.add(corpus / "LibriSpeech" / "SPEAKERS.TXT", "LibriSpeech/SPEAKERS.TXT")
+        md5 = hashlib.md5(path.read_bytes()).hexdigest()
+        archive = librimix.Archive(path.name, md5, 0.001, 0.002)
+        monkeypatch.setitem(librimix.ARCHIVES, part, archive)
+    servers = []
+
+    def start(**options):
+        servers.append(Server(folder, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def fetching(corpus, tmp_path):
+    """Runs stage 0 where LibriSpeech is still to be fetched: a function of the server."""
+
+    def prepare(server, **options):
+        target = tmp_path / "fetched"
+        options = {"metadata_dir": str(corpus / "metadata"), **options}
+        settings = settings_of(
+            "librimix", speech=str(target), librispeech_url=server.url, **options
+        )
+        prepare_speech(tmp_path / "recipe" / "exp" / "run", settings)
+        return target
+
+    return prepare
+
+
+def test_librispeech_is_fetched_over_a_connection_that_drops(corpus, served, fetching, capsys):
+    server = served(n_drops=2)
+    folder = fetching(server)
+    assert [name for name, begin in server.asked if begin], "it went on where it was cut"
+    for path in (corpus / "LibriSpeech").rglob("*.*"):
+        found = folder / "LibriSpeech" / path.relative_to(corpus / "LibriSpeech")
+        assert found.read_bytes() == path.read_bytes()
+    there = {path.name for path in (folder / "LibriSpeech").iterdir()}
+    assert there == {*PARTS.values(), "SPEAKERS.TXT"}, "no archive stays"
+    said = capsys.readouterr().out
+    assert "to fetch: train-clean-100, dev-clean, test-clean" in said and "space needed" in said
+    n_asked = len(server.asked)
+    fetching(server)
+    assert len(server.asked) == n_asked, "what is there is not fetched again"
+
+
+def test_metadata_are_fetched(corpus, served, fetching, monkeypatch):
+    server = served()
+    monkeypatch.setattr(librimix, "METADATA_URL", f"{server.url}/metadata")
+    shutil.copytree(corpus / "metadata", server.folder / "metadata")
+    given = {"metadata_dir": None, "librispeech_dir": str(corpus / "LibriSpeech")}
+    folder = fetching(server, **given) / "metadata" / "Libri2Mix"
+    assert len(server.asked) == 3
+    for path in folder.iterdir():
+        assert path.read_bytes() == (corpus / "metadata" / "Libri2Mix" / path.name).read_bytes()
+
+
+def test_a_wrong_checksum_leaves_no_speech(served, fetching, refused, monkeypatch):
+    archive = librimix.ARCHIVES["train-clean-100"]._replace(md5="0" * 32)
+    monkeypatch.setitem(librimix.ARCHIVES, "train-clean-100", archive)
+    with refused("train-clean-100.tar.gz has the md5", "not 0000"):
+        fetching(served())
+
+
+def test_an_address_that_does_not_exist_is_named(served, fetching, refused):
+    server = served()
+    (server.folder / "dev-clean.tar.gz").unlink()
+    with refused(f"{server.url}/dev-clean.tar.gz answers 404"):
+        fetching(server)
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(
+    served, fetching, refused, monkeypatch
+):
+    server = served()
+    archive = librimix.ARCHIVES["dev-clean"]._replace(unpacked=1e9)
+    monkeypatch.setitem(librimix.ARCHIVES, "dev-clean", archive)
+    with refused("GB free where 1000000000.0 GB are needed"):
+        fetching(server)
+    assert not server.asked

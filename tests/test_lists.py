@@ -1,0 +1,144 @@
+"""Lists as corpora bring them: mixtures with noise, of any length, at another rate, to train on."""
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from sounds import NOISE, RATE, peak_frequency, tone
+from torch.utils.data import DataLoader
+
+from asteroid_tiny.data import (
+    MixtureList,
+    NoiseDir,
+    RepeatedMixtures,
+    SpeechDir,
+    read_list,
+    write_list,
+)
+from asteroid_tiny.data.kaldi import write_dir
+from asteroid_tiny.data.mixing import SILENT, Mixture, Source
+from asteroid_tiny.training import Schedule
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """A data dir of noise: two channels, 1000 Hz for a second in the first of them."""
+    hum = tone(1000, 1)
+    sf.write(tmp_path / "hum.wav", np.stack([hum, NOISE[:RATE]], 1), RATE)
+    tables = {"wav.scp": {"hum": str(tmp_path / "hum.wav")}, "utt2spk": {"hum": "noise"}}
+    write_dir(tmp_path / "noise", tables, NoiseDir)
+    return NoiseDir(tmp_path / "noise")
+
+
+@pytest.fixture
+def listed(make_dir, clips, noise, tmp_path):
+    """A list of six mixtures of 1 to 2 s with noise."""
+    speech = SpeechDir(make_dir(clips))
+    names = list(clips)
+    mixtures = []
+    for i in range(6):
+        length = 8000 + 1600 * i
+        sources = [Source(names[k], 0, length, 0, -20.0 - k) for k in (i % 2, 2)]
+        mixtures.append(
+            Mixture(f"m{i}", length, tuple(sources), Source("hum", 0, length, 0, -23.25))
+        )
+    write_list(tmp_path / "list.csv", mixtures, RATE)
+    found = MixtureList(speech, tmp_path / "list.csv", noise)
+    assert found.mixtures == mixtures
+    return found
+
+
+def test_noise_is_in_the_mixture_and_in_no_source(listed):
+    for mixture, sources in listed:
+        rest = (mixture - sources.sum(0)).numpy()
+        assert peak_frequency(rest) == pytest.approx(1000, abs=1)
+        wanted = tone(1000, 1)[:4000] / 32768 * 10 ** (-23.25 / 20)
+        np.testing.assert_allclose(rest[:4000], wanted, atol=1e-5)
+
+
+def test_noise_goes_on_behind_its_end_without_a_step(noise):
+    longer = noise.read("hum", 0, 5 * RATE)
+    assert len(longer) == 5 * RATE
+    steps = np.abs(np.diff(longer))
+    assert steps.max() <= 1.5 * np.abs(np.diff(longer[: RATE // 4])).max()
+    assert np.abs(longer[-RATE // 8 :]).max() > 0.05
+    assert np.array_equal(longer[100:300], noise.read("hum", 100, 200))
+
+
+def test_a_list_with_noise_needs_its_folder(listed, tmp_path, refused, make_dir):
+    with refused("line 2", "does not have noise 'hum'"):
+        read_list(tmp_path / "list.csv", listed.speech)
+    other = make_dir({"rain": NOISE}, name="other")
+    with refused(str(other), "does not have noise 'hum'"):
+        read_list(tmp_path / "list.csv", listed.speech, NoiseDir(other))
+
+
+def test_speech_has_one_channel(tmp_path, refused):
+    sf.write(tmp_path / "two.wav", np.stack([NOISE, NOISE], 1), RATE)
+    tables = {"wav.scp": {"two": str(tmp_path / "two.wav")}, "utt2spk": {"two": "anna"}}
+    with refused("two.wav has 2 channels"):
+        write_dir(tmp_path / "speech", tables)
+    assert not (tmp_path / "speech").exists()
+
+
+def which(item):
+    """The number of a mixture of `listed`, by where it ends in a longer item."""
+    return round((np.flatnonzero(item[0])[-1] + 1 - 8000) / 1600)
+
+
+def test_a_pass_takes_each_mixture_once_and_each_pass_in_another_order(listed):
+    repeated = RepeatedMixtures(listed, 20000, seed=0)
+    drawn = [which(repeated[i]) for i in range(18)]
+    passes = {tuple(drawn[i : i + 6]) for i in (0, 6, 12)}
+    assert {tuple(sorted(one)) for one in passes} == {(0, 1, 2, 3, 4, 5)}
+    assert len(passes) == 3
+
+
+def test_an_item_is_the_same_in_any_order_and_process(listed):
+    def repeated():
+        return RepeatedMixtures(listed, 4000, seed=3, speeds=(95, 100, 105), size=8)
+
+    wanted = [repeated()[i] for i in range(8)]
+    assert all(map(torch.equal, repeated()[5], wanted[5]))
+    loader = DataLoader(repeated(), batch_size=2, num_workers=2)
+    sources = torch.cat([sources for _, sources in loader])
+    assert torch.equal(sources, torch.stack([sources for _, sources in wanted]))
+    assert not torch.equal(RepeatedMixtures(listed, 4000, seed=4)[0][0], wanted[0][0])
+
+
+def test_short_mixtures_are_followed_by_silence(listed):
+    mixture, sources = RepeatedMixtures(listed, 40000, seed=0)[0]
+    assert mixture.shape == (40000,) and sources.shape == (2, 40000)
+    assert not mixture[16000:].any() and sources[:, :8000].any()
+
+
+def test_stretches_are_taken_where_both_speak(make_dir, clips, tmp_path):
+    name, other = list(clips)[:2]
+    speech = SpeechDir(make_dir(clips))
+    sources = (Source(name, 0, 32000, 0, 0.0), Source(other, 0, 3000, 16000, 0.0))
+    write_list(tmp_path / "list.csv", [Mixture("m", 32000, sources)], RATE)
+    repeated = RepeatedMixtures(MixtureList(speech, tmp_path / "list.csv"), 8000, seed=0)
+    heard = [bool((repeated[i][1].square().mean(1).sqrt() > SILENT).all()) for i in range(40)]
+    assert sum(heard) >= 38  # by chance one in two or three
+
+
+def test_broken_recordings_of_a_list_are_passed_over(listed, monkeypatch, caplog):
+    monkeypatch.setattr("asteroid_tiny.data.mixing.MOST_BROKEN", 0.3)
+    broken = listed.mixtures[0].sources[0].utterance
+    with open(listed.speech.wavs[broken], "wb") as file:
+        file.write(b"nothing")
+    repeated = RepeatedMixtures(listed, 20000, seed=0)
+    assert {which(repeated[i]) for i in range(6)} == {1, 3, 5}
+    assert caplog.text.count("training goes on without it") == 1
+
+
+def test_the_rate_is_not_halved_in_the_first_steps():
+    def rate_after(hold_steps):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = Schedule(optimizer, 100, patience=0, hold_steps=hold_steps)
+        for _ in range(10):
+            optimizer.step(), schedule.step()
+            schedule.observe(1.0)
+        return schedule.get_lr()[0]
+
+    assert rate_after(0) == 0.5**9 and rate_after(8) == 0.5**2 and rate_after(11) == 1
