@@ -1,16 +1,8 @@
 """The one road for data: Kaldi data dir -> mixture list -> dataset that mixes on the fly."""
 
+from .datasets import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .kaldi import NoiseDir, SpeechDir, check_disjoint
-from .mixing import (
-    DynamicMixtures,
-    EpochSampler,
-    MixtureList,
-    RepeatedMixtures,
-    SharedOut,
-    draw_list,
-    read_list,
-    write_list,
-)
+from .mixing import draw_list, read_list, write_list
 
 __all__ = [
     "DynamicMixtures",

@@ -1,16 +1,13 @@
 """Mixtures: how one is drawn, how a list of them is kept, and how its audio is made.
 
 A `Mixture` says which utterances are summed, from where to where, how loud and how fast. A list of
-them is a CSV file (fixed, for validation and test); for training one is drawn afresh for every
-item, from a random state of its own that depends on the seed and the item's number alone: not on
-the number of workers or processes, nor on where a run was interrupted.
+them is a CSV file.
 """
 
 import collections
 import csv
 import functools
 import itertools
-import logging
 import math
 from typing import NamedTuple
 
@@ -21,12 +18,9 @@ from scipy.signal import oaconvolve, resample_poly, welch
 from ..errors import UserError
 from ..files import whole_file
 
-log = logging.getLogger(__name__)
-
 LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
 BANDS = 16  # of `same_colour`, from 0 to half the sample rate
 MOST_GAIN = 24.0  # dB by which it may raise or lower a band
-MOST_BROKEN = 0.01  # share of the recordings without which training goes on
 SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
 
 
@@ -343,228 +337,3 @@ def _rates(speech, speed):
     up, down = 100 * speech.sample_rate, speed * speech.recorded_rate
     common = math.gcd(up, down)
     return up // common, down // common
-
-
-class MixtureList(torch.utils.data.Dataset):
-    """The mixtures of a list, mixed on the fly.
-
-    Args:
-        speech (SpeechDir): Where the utterances are.
-        path (str or Path): The list, as `write_list` writes it.
-        noise (NoiseDir, optional): Where the noises are, if the list has some.
-
-    Shape:
-        Items are (mixture, sources): (time,) and (n_src, time).
-    """
-
-    def __init__(self, speech, path, noise=None):
-        self.speech = speech
-        self.noise = noise
-        self.mixtures = read_list(path, speech, noise)
-        self.sample_rate = speech.sample_rate
-
-    def __len__(self):
-        return len(self.mixtures)
-
-    def __getitem__(self, index):
-        return render(self.speech, self.mixtures[index], self.noise)
-
-    def is_of_one_length(self):
-        """Whether all mixtures are equally long."""
-        return len({mixture.length for mixture in self.mixtures}) == 1
-
-    def describe(self, index):
-        """Who speaks in a mixture: dict of mixture_id, speakers, genders and productions."""
-        mixture = self.mixtures[index]
-        speakers = tuple(self.speech.utterances[s.utterance].speaker for s in mixture.sources)
-        return {
-            "mixture_id": mixture.mixture_id,
-            "speakers": speakers,
-            "genders": tuple(self.speech.spk2gender.get(s, "unknown") for s in speakers),
-            "productions": tuple(self.speech.spk2production.get(s) for s in speakers),
-        }
-
-
-class EndlessMixtures(torch.utils.data.Dataset):
-    """Training mixtures without end: item i is always the same one, and no two are alike.
-
-    Recordings that turn out to be broken are named and passed over. Classes derived from this have
-    `speech`, a `SpeechDir`, and `_item(rng, index, attempt)`.
-
-    Args:
-        seed (int): Seed; together with the item's number it settles the item.
-        size (int): What `len` says, the mixtures of one epoch.
-
-    Raises:
-        UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
-
-    Shape:
-        Items are (mixture, sources): (time,) and (n_src, time).
-    """
-
-    def __init__(self, seed, size):
-        self.seed = seed
-        self.size = size
-        self.broken = set()
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        for attempt in itertools.count():
-            seed = [self.seed, index] + [attempt] * (attempt > 0)
-            try:
-                return self._item(np.random.default_rng(seed), index, attempt)
-            except UserError as error:
-                self._pass_over(str(error))
-
-    def _pass_over(self, reason):
-        if reason not in self.broken:
-            log.warning("%s; training goes on without it", reason)
-        self.broken.add(reason)
-        if len(self.broken) > MOST_BROKEN * len(self.speech.wavs):
-            raise UserError(
-                f"{len(self.broken)} of {len(self.speech.wavs)} recordings are broken, the last "
-                f"one: {reason}"
-            )
-
-
-class DynamicMixtures(EndlessMixtures):
-    """Training mixtures drawn afresh.
-
-    Args:
-        speech (SpeechDir): Where the utterances are.
-        n_src (int): Number of sources, of different speakers.
-        length (int): Length in samples.
-        seed, size (int): See `EndlessMixtures`.
-        max_gap, overlap_ratio (float): See `draw_mixture`.
-        speeds (sequence of int): Playback speeds in percent.
-        level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
-        colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
-    """
-
-    def __init__(
-        self,
-        speech,
-        n_src,
-        length,
-        seed,
-        max_gap=5.0,
-        speeds=(100,),
-        overlap_ratio=1.0,
-        level_spread=0.0,
-        colour=0.0,
-        size=1,
-    ):
-        super().__init__(seed, size)
-        check_speakers(speech, n_src)
-        self.speech = speech
-        self.n_src = n_src
-        self.length = length
-        self.draw = dict(max_gap=max_gap, speeds=speeds, overlap_ratio=overlap_ratio)
-        self.level_spread = level_spread
-        self.colour = colour
-
-    def _item(self, rng, index, attempt):
-        speakers = rng.choice(list(self.speech.by_speaker), self.n_src, replace=False)
-        level = LEVEL_DB + self.level_spread * rng.uniform(-1, 1)
-        mixture = draw_mixture(
-            self.speech,
-            rng,
-            speakers,
-            self.length,
-            level=level,
-            mixture_id=str(index),
-            **self.draw,
-        )
-        mixed, sources = render(self.speech, mixture)
-        if self.colour:
-            sources = same_colour(sources, rng, self.colour)
-            mixed = sources.sum(0)
-        return mixed, sources
-
-
-class RepeatedMixtures(EndlessMixtures):
-    """Training mixtures of a list: one pass after another, each in an order of its own.
-
-    Of each mixture a stretch is taken at random, one in which all sources can be heard if ten
-    attempts find one; a shorter mixture is followed by silence.
-
-    Args:
-        mixtures (MixtureList): The list.
-        length (int): Length in samples.
-        seed, size (int): See `EndlessMixtures`.
-        speeds (sequence of int): Playback speeds in percent, drawn for each source.
-    """
-
-    def __init__(self, mixtures, length, seed, speeds=(100,), size=1):
-        super().__init__(seed, size)
-        self.mixtures = mixtures.mixtures
-        self.speech = mixtures.speech
-        self.noise = mixtures.noise
-        self.length = length
-        self.speeds = speeds
-
-    def _item(self, rng, index, attempt):
-        n_passes, place = divmod(index + attempt, len(self.mixtures))
-        order = np.random.default_rng([self.seed, n_passes, 0]).permutation(len(self.mixtures))
-        mixture = self.mixtures[order[place]]
-        sources = [s._replace(speed=int(rng.choice(self.speeds))) for s in mixture.sources]
-        signals = render(self.speech, mixture._replace(sources=tuple(sources)), self.noise)
-        missing = max(0, self.length - mixture.length)
-        signals = [torch.nn.functional.pad(signal, (0, missing)) for signal in signals]
-        for _ in range(10):
-            start = int(rng.integers(mixture.length + missing - self.length + 1))
-            mixed, sources = (signal[..., start : start + self.length] for signal in signals)
-            if (sources.square().mean(-1) > SILENT**2).all():
-                break
-        return mixed, sources
-
-
-class SharedOut(torch.utils.data.Sampler):
-    """The numbers from 0 on, shared out to the processes of a training; none is there twice.
-
-    Args:
-        size (int): How many, over all processes.
-        rank (int, optional): This process, and
-        world_size (int, optional): the number of processes; those of `torch.distributed` by
-            default, asked for when they are needed.
-    """
-
-    def __init__(self, size, rank=None, world_size=None):
-        self.size = size
-        self.rank = rank
-        self.world_size = world_size
-
-    def mine(self):
-        """The numbers of this process (range)."""
-        rank, world_size = self.rank, self.world_size
-        if world_size is None:
-            together = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if together else 0
-            world_size = torch.distributed.get_world_size() if together else 1
-        return range(rank, self.size, world_size)
-
-    def __len__(self):
-        return len(self.mine())
-
-    def __iter__(self):
-        return iter(self.mine())
-
-
-class EpochSampler(SharedOut):
-    """The numbers of one epoch's mixtures: epoch e of size n has e n to (e + 1) n - 1.
-
-    Together with `DynamicMixtures` it makes a run that continues draw what it would have drawn.
-    Lightning calls `set_epoch`.
-    """
-
-    def __init__(self, size, rank=None, world_size=None):
-        super().__init__(size, rank, world_size)
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        return (self.epoch * self.size + number for number in self.mine())
