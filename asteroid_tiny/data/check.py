@@ -6,6 +6,7 @@ opening a `SpeechDir` does; the two agree about what cannot be used.
 
 import collections
 import concurrent.futures
+import csv
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from .kaldi import SpeechDir, decode, open_info, read_table
+from .kaldi import NoiseDir, SpeechDir, decode, open_info, read_table
 from .mixing import SILENT, read_list, render
 
 FULL_SCALE = 0.999
@@ -92,25 +93,28 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     return findings
 
 
-def check_list(path, speech_folder):
+def check_list(path, speech_folder, noise=None):
     """What is wrong with a mixture list.
 
     Args:
         path (str or Path): The list.
         speech_folder (str or Path): The data dir of its utterances.
+        noise (str or Path, optional): The data dir of its noises, if it has some.
 
     Returns:
         list of Finding: Empty if all is well.
     """
     try:
-        speech = SpeechDir(speech_folder)
-        mixtures = read_list(path, speech)
+        rate = _rate_of(path)
+        speech = SpeechDir(speech_folder, rate, convert=True)
+        noises = NoiseDir(noise, rate, convert=True) if noise else None
+        mixtures = read_list(path, speech, noises)
     except UserError as error:
         return [Finding("unusable", str(path), str(error))]
     findings = []
     for mixture in mixtures:
         try:
-            mixed, sources = render(speech, mixture)
+            mixed, sources = render(speech, mixture, noises)
         except UserError as error:
             findings.append(Finding("unreadable", mixture.mixture_id, str(error)))
             continue
@@ -139,6 +143,15 @@ def format_findings(findings, most=10):
         if len(found) > most:
             lines.append(f"          and {len(found) - most} more")
     return "\n".join(lines)
+
+
+def _rate_of(path):
+    """The sample rate of a mixture list by its first row, None if it has none."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return int(next(csv.DictReader(file))["sample_rate"])
+    except (OSError, UnicodeDecodeError, csv.Error, StopIteration, KeyError, ValueError, TypeError):
+        return None  # `read_list` says what is wrong
 
 
 def _table(path, findings):
