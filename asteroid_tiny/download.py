@@ -25,6 +25,7 @@ from .files import reason
 
 BLOCK = 1 << 20
 TRIES, PAUSE = 4, 1.0  # of a connection that drops without a new byte; seconds between two
+AGENT = "asteroid-tiny"
 TIMEOUT = 30  # seconds without a byte
 
 
@@ -66,6 +67,23 @@ def fetch(url, path, sha256=None, md5=None):
     except OSError as error:
         raise UserError(f"{path} could not be written: {reason(error)}") from error
     return path
+
+
+def identify(url):
+    """What tells the content of an address from that of another time: its ETag, or else its date.
+
+    Returns:
+        str or None: None if the server tells neither.
+
+    Raises:
+        UserError: If the address does not answer.
+    """
+    try:
+        # not HEAD, which some servers refuse; the content is not read
+        with _open(url, {"Accept-Encoding": "identity", "User-Agent": AGENT}) as answer:
+            return answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    except (_Dropped, http.client.HTTPException, OSError) as error:
+        raise UserError(f"{url} cannot be reached: {_words(error)}") from None
 
 
 def digest_of(path, name="sha256"):
@@ -118,7 +136,7 @@ def _download(url, file, part, checked):
 
 def _receive(url, file, part, checked):
     """One connection: appends what the server sends, from where the part ends."""
-    headers = {"Accept-Encoding": "identity", "User-Agent": "asteroid-tiny"}
+    headers = {"Accept-Encoding": "identity", "User-Agent": AGENT}
     try:
         note = json.loads(_note_of(part).read_text())
     except (OSError, ValueError):
