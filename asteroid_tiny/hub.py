@@ -129,34 +129,46 @@ def _digest(content):
 
 def _from_hub(repo, revision):
     """Our two files from one commit of a repository on the hub, or else Asteroid's."""
-    import huggingface_hub
+    from huggingface_hub import errors, hf_hub_download
+
+    with hub_errors(repo, revision):
+        try:
+            config = Path(hf_hub_download(repo, CONFIG, revision=revision))
+            commit = config.parent.name  # both of one commit, whatever is pushed meanwhile
+            return Path(hf_hub_download(repo, WEIGHTS, revision=commit))
+        except errors.EntryNotFoundError:  # not there; or not in the cache, without network
+            return Path(hf_hub_download(repo, PICKLED, revision=revision))
+
+
+@contextlib.contextmanager
+def hub_errors(repo, revision=None):
+    """Turns what the hub's client raises into a `UserError`."""
     from huggingface_hub import errors
 
-    where = f"{repo}@{revision}" if revision else repo
-    get = huggingface_hub.hf_hub_download
     try:
-        try:
-            config = Path(get(repo, CONFIG, revision=revision))
-            commit = config.parent.name  # both of one commit, whatever is pushed meanwhile
-            return Path(get(repo, WEIGHTS, revision=commit))
-        except errors.LocalEntryNotFoundError:  # no network, and not in the cache
-            return Path(get(repo, PICKLED, revision=revision))
-        except errors.EntryNotFoundError:
-            return Path(get(repo, PICKLED, revision=revision))
+        yield
+    except UserError:
+        raise
     except errors.GatedRepoError:
-        hint = "asks for consent: log in on its page, then with `hf auth login` here"
+        hint = "asks for consent: give it on its page, then log in here with `hf auth login`"
     except errors.RepositoryNotFoundError:
-        hint = "does not exist on the hub, or is private (`hf auth login`)"
+        hint = "does not exist on the hub, or is private: log in with `hf auth login`"
     except errors.RevisionNotFoundError:
-        hint = f"has no revision {revision!r}"
+        hint = f"has no revision {revision!r} on the hub"
     except errors.LocalEntryNotFoundError:
         hint = "is not in the cache, and the hub cannot be reached"
     except errors.EntryNotFoundError:
         hint = f"holds neither {WEIGHTS} with {CONFIG} nor {PICKLED}"
-    except (errors.HFValidationError, errors.RevisionResolutionError) as error:
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        login = "; the token is missing or refused: log in with `hf auth login`"
+        hint = f"is refused by the hub with status {status}{login if status in (401, 403) else ''}"
+    except errors.HFValidationError as error:
         hint = f"is no name on the hub: {' '.join(str(error).split())}"
-    except OSError as error:  # the client's own are among them
-        hint = f"cannot be fetched: {' '.join(str(reason(error)).split())}"
-    except Exception as error:  # of the client's HTTP library
-        hint = f"cannot be fetched: {type(error).__name__}"
+    except Exception as error:  # of the disk, or of the client's HTTP library
+        while error.__cause__ is not None:
+            error = error.__cause__
+        told = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        hint = f"could not be transferred: {' '.join(told.split())}"
+    where = f"{repo}@{revision}" if revision else repo
     raise UserError(f"{where} {hint}") from None

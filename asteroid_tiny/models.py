@@ -10,6 +10,7 @@ import asteroid
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from torch.nn import functional as F
 
+from . import speechbrain
 from .errors import UserError
 from .filterbanks import build_filterbank
 from .hub import locate
@@ -233,6 +234,20 @@ class Sepformer(_DualPathModel):
     ):
         make_layer = functools.partial(TransformerLayer, bn_chan, n_heads, ff_hid, dropout=dropout)
         super().__init__(_arguments(locals()), make_layer)
+
+    @classmethod
+    def from_speechbrain(cls, source):
+        """A SepFormer that was trained with SpeechBrain; nothing in its files is run.
+
+        Args:
+            source (str or Path): A folder, or a model on the Hugging Face hub, such as
+                ``speechbrain/sepformer-wsj02mix`` or ``user/repo@revision``.
+
+        Raises:
+            UserError: If there is no such model, it is damaged, or of another kind.
+        """
+        stored = from_dict(speechbrain.read(source), str(source))
+        return build(stored, {cls.__name__: cls})
 
 
 class TinySepformer(_DualPathModel):

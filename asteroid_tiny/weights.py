@@ -12,6 +12,7 @@ the model's own shapes, on the meta device, and only then makes the model and co
 
 import inspect
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -310,6 +311,9 @@ def _check_sizes(args, stored, model_class):
     for name in ("n_src", "n_filters", "kernel_size", "stride", "bn_chan", "chunk_size", "n_heads"):
         if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
             raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
+    rate = args["sample_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        raise ValueError(f"sample_rate must be a number above 0, not {rate!r}")
     intra, inter = args["n_intra_layers"], args["n_inter_layers"]
     unique = args["n_repeats"] * (2 if args["share_layers"] else intra + inter)
     if unique > len(stored.shapes) or max(intra, inter) > MAX_LAYERS:
@@ -318,8 +322,9 @@ def _check_sizes(args, stored, model_class):
     filters = stored.shapes.get("encoder.filterbank._filters", ())
     if args["fb_name"] == "free" and filters[-1:] != (args["kernel_size"],):
         raise ValueError(f"there are no filters of length {args['kernel_size']}")
-    # filterbanks that are computed, not learned, take memory before their shapes can be seen
+    # what weights do not show: filterbanks that are computed, not learned; and a chunk of signal
     _check_memory(16 * args["n_filters"] * args["kernel_size"])
+    _check_memory(16 * args["chunk_size"] * args["bn_chan"])
 
 
 def _check_weights(model, stored):

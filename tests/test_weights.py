@@ -5,13 +5,12 @@ import errno
 import json
 import os
 import pickle
+import random
 import time
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SIZES, both_classes, small
@@ -238,69 +237,52 @@ def test_overrides_are_known_and_the_sample_rate_is_that_of_training(tmp_path, r
             TinySepformer.from_pretrained(stored, n_src=3)
 
 
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
-    max_leaves=4,
-)
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+# A fuzz of our own: Hypothesis looks through all loaded modules, and SpeechBrain's lazy ones raise.
+SCALARS = [None, True, 0, 1, -1, 2, 3, 7, 16, 10**12, 2**64, 0.5, 1e300, float("nan"), float("inf")]
+SCALARS += ["", "16", "free", "stft", "relu", "\x00", [], {}, [16], {"a": 1}, [[[]]]]
 
 
-def assert_loads_alike_or_is_refused(path, mixture, expected):
-    """Never a crash, and never another model without a word."""
-    try:
-        twin = from_pretrained(path).eval()
-    except UserError as error:
-        assert str(error).isprintable()
-    else:
-        with torch.no_grad():
-            assert torch.equal(twin(mixture), expected)
-
-
-@FUZZ
-@given(
-    st.dictionaries(
-        st.sampled_from([*SIZES, "n_src", "fb_name", "dropout", "kernel_size", "stride", "x"]),
-        ANYTHING,
-        min_size=1,
-        max_size=2,
-    )
-)
-def test_any_arguments_are_refused_or_fit(fuzzed, args):
-    folder, conf, _, _ = fuzzed
-    try:
-        twin = TinySepformer.from_pretrained({**conf, "model_args": {**conf["model_args"], **args}})
-    except UserError as error:
-        assert str(error)
-    else:  # what the weights do not show, such as the dropout
-        assert {**twin.get_model_args(), **args} == twin.get_model_args()
-        assert twin.state_dict().keys() == conf["state_dict"].keys()
-
-
-@FUZZ
-@given(
-    st.sampled_from([CONFIG, WEIGHTS, "model.pth"]), st.integers(0, 10**6), st.binary(max_size=9)
-)
-def test_any_bytes_put_into_a_file_are_refused_or_change_nothing(fuzzed, name, place, content):
-    folder, _, mixture, expected = fuzzed
-    whole = (folder / name).read_bytes()
-    place %= len(whole)
-    try:
-        (folder / name).write_bytes(whole[:place] + content + whole[place + len(content) :])
-        if name != "model.pth":
-            assert_loads_alike_or_is_refused(folder, mixture, expected)
-        else:  # Asteroid's files have no checksum: what loads has at least finite weights that fit
+def test_any_arguments_are_refused_or_fit(fuzzed):
+    folder, conf, mixture, _ = fuzzed
+    names = [*SIZES, "n_src", "fb_name", "dropout", "kernel_size", "stride", "sample_rate", "x"]
+    n_refused = 0
+    for name in names:
+        for value in SCALARS:
+            args = {**conf["model_args"], name: value}
             try:
-                from_pretrained(folder / name)
+                twin = TinySepformer.from_pretrained({**conf, "model_args": args}).eval()
             except UserError as error:
-                assert str(error)
+                assert str(error).isprintable(), (name, value)
+                n_refused += 1
+            else:  # what the weights do not show, such as the dropout
+                assert twin.get_model_args()[name] == value
+                with torch.no_grad():
+                    assert twin(mixture).shape[-1] == mixture.shape[-1]
+    assert n_refused > 0.8 * len(names) * len(SCALARS)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "model.pth"])
+def test_any_bytes_put_into_a_file_are_refused_or_change_nothing(fuzzed, name):
+    folder, _, mixture, expected = fuzzed
+    draw = random.Random(name)
+    whole = (folder / name).read_bytes()
+    try:
+        for _ in range(60):
+            place = draw.randrange(len(whole) if draw.random() < 0.5 else min(len(whole), 3000))
+            content = draw.choice(
+                [draw.randbytes(1), draw.randbytes(9), b"\0" * 9, b"9", b'"', b""]
+            )
+            cut = draw.choice([len(content), len(content), 0, 50])
+            (folder / name).write_bytes(whole[:place] + content + whole[place + cut :])
+            try:
+                twin = from_pretrained(folder / "model.pth" if name == "model.pth" else folder)
+            except UserError as error:
+                assert str(error).isprintable(), (place, content, cut)
+            else:
+                # Asteroid's files have no checksum: that weights fit and are finite is all we know
+                with torch.no_grad():
+                    estimates = twin.eval()(mixture)
+                assert name == "model.pth" or torch.equal(estimates, expected)
     finally:
         (folder / name).write_bytes(whole)
 
