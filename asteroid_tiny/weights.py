@@ -12,7 +12,6 @@ the model's own shapes, on the meta device, and only then makes the model and co
 
 import inspect
 import json
-import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -311,9 +310,10 @@ def _check_sizes(args, stored, model_class):
     for name in ("n_src", "n_filters", "kernel_size", "stride", "bn_chan", "chunk_size", "n_heads"):
         if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
             raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
-    rate = args["sample_rate"]
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
-        raise ValueError(f"sample_rate must be a number above 0, not {rate!r}")
+    for name, low, high in (("sample_rate", 1, 1e6), ("dropout", 0, 1)):
+        value = args[name]
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low} to {high:g}, not {value!r}")
     intra, inter = args["n_intra_layers"], args["n_inter_layers"]
     unique = args["n_repeats"] * (2 if args["share_layers"] else intra + inter)
     if unique > len(stored.shapes) or max(intra, inter) > MAX_LAYERS:
