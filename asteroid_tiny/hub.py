@@ -147,6 +147,7 @@ def hub_errors(repo, revision=None):
 
     try:
         yield
+        return
     except UserError:
         raise
     except errors.GatedRepoError:

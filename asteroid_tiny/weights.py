@@ -29,6 +29,8 @@ from .files import whole_file
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "asteroid_tiny/1"
 MAX_CONFIG = 1 << 20  # bytes; one that we write has a few thousand
+COUNTS = "n_src n_filters kernel_size stride bn_chan chunk_size n_heads ff_hid".split()
+COUNTS += "n_repeats n_intra_layers n_inter_layers".split()
 MAX_LAYERS = 1000  # of a stack that shares them: more is a typing error
 
 
@@ -307,7 +309,7 @@ def _check_sizes(args, stored, model_class):
     """Refuses what would take forever to lay out, or more memory than there is."""
     defaults = {k: p.default for k, p in inspect.signature(model_class).parameters.items()}
     args = {**defaults, **args}
-    for name in ("n_src", "n_filters", "kernel_size", "stride", "bn_chan", "chunk_size", "n_heads"):
+    for name in COUNTS:
         if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
             raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
     for name, low, high in (("sample_rate", 1, 1e6), ("dropout", 0, 1)):
