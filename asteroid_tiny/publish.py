@@ -72,9 +72,8 @@ def publish(model, folder, about, half=False, signals=None):
     if half:
         db = rounding_db(model, signals)
         half = db >= HALF_DB
-        print(
-            f"  16 bits change the estimates by {db:.1f} dB SI-SDR: stored in {16 if half else 32}"
-        )
+        bits = 16 if half else 32
+        print(f"  estimates of 16-bit weights: SI-SDR {db:.1f} dB, so {bits} bits are stored")
     conf = model.serialize()
     if half:
         conf["state_dict"] = {key: tensor.half() for key, tensor in conf["state_dict"].items()}

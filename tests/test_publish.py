@@ -11,10 +11,13 @@ import torch
 import yaml
 from asteroid.models import ConvTasNet
 from asteroid.models.publisher import _populate_publishable, make_metadata_from_model
+from conftest import DATA
 from small import CLASSES, both_classes, small
 
 from asteroid_tiny import cli, from_pretrained, hub, list_models
+from asteroid_tiny.config import read_conf
 from asteroid_tiny.publish import is_published, publish, rounding_db
+from asteroid_tiny.recipe import publish_model
 from asteroid_tiny.weights import CONFIG, WEIGHTS
 
 
@@ -65,7 +68,7 @@ def test_asteroid_upload_finds_what_it_needs(tmp_path, about):
 def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
     card = (publish(small(), tmp_path / "p", about) / "README.md").read_text()
     _, block, text = card.split("---\n", 2)
-    metadata = yaml.safe_load(block)
+    metadata, text = yaml.safe_load(block), " ".join(text.split())
     assert metadata["license"] == "cc-by-sa-3.0" and metadata["library_name"] == "asteroid"
     assert metadata["datasets"] == ["Some-Corpus-clean"] and "asteroid" in metadata["tags"]
     (result,) = metadata["model-index"][0]["results"]
@@ -91,6 +94,15 @@ def test_nothing_is_published_without_licence_and_metrics(tmp_path, about, chang
     with refused(*words):
         publish(small(), tmp_path / "p", {**about, **change})
     assert not list(tmp_path.iterdir())
+
+
+def test_speech_of_ones_own_does_not_bear_the_name_of_the_recipes(refused):
+    recipe = DATA.parent
+    settings = read_conf(recipe.parents[2] / "local" / "conf.yml") | read_conf(recipe / "conf.yml")
+    with refused("the speech in /mine", "--data_name"):
+        publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine"})
+    with refused("the speech in /mine", "--data_licence"):
+        publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine", "data_name": "My"})
 
 
 def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, refused):
