@@ -356,4 +356,5 @@ def _check_memory(n_bytes):
 
 
 def _line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in words)
