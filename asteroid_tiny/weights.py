@@ -316,6 +316,8 @@ def _check_sizes(args, stored, model_class):
         value = args[name]
         if type(value) not in (int, float) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high:g}, not {value!r}")
+    if args["stride"] > args["kernel_size"]:
+        raise ValueError(f"stride ({args['stride']}) must not be above the kernel_size")
     intra, inter = args["n_intra_layers"], args["n_inter_layers"]
     unique = args["n_repeats"] * (2 if args["share_layers"] else intra + inter)
     if unique > len(stored.shapes) or max(intra, inter) > MAX_LAYERS:
