@@ -1,7 +1,8 @@
 """Compact speech separation for Asteroid: Tiny-Sepformer, its baseline and the road around them."""
 
 from .errors import UserError
-from .models import PRESETS, Sepformer, TinySepformer
+from .hub import list_models
+from .models import PRESETS, Sepformer, TinySepformer, from_pretrained
 
-__all__ = ["PRESETS", "Sepformer", "TinySepformer", "UserError"]
+__all__ = ["PRESETS", "Sepformer", "TinySepformer", "UserError", "from_pretrained", "list_models"]
 __version__ = "0.1.0"

@@ -28,6 +28,8 @@ OF_THE_MACHINE = (
     "check",
     *FOLDERS,
 )
+#: Settings of the publication, which change nothing of a run.
+PUBLICATION = ("data_name", "data_licence", "data_url", "data_author", "licence", "half")
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers"
@@ -44,6 +46,7 @@ OF_NULL = {
     "fb_init": str,
     "init_from": str,
     **dict.fromkeys(FOLDERS, str),
+    **dict.fromkeys(("data_name", "data_licence", "data_url", "data_author"), str),
 }
 
 
@@ -157,7 +160,7 @@ def parse_options(options, known):
             raise UserError(f"there is no option {name}; ./run.sh --help lists them")
         if text is None or text.startswith("--"):
             raise UserError(f"option {name} needs a value")
-        if isinstance(known[key], str):
+        if isinstance(known[key], str) or OF_NULL.get(key) is str:
             given[key] = text
             continue
         try:
@@ -171,7 +174,7 @@ def begin_run(exp_dir, settings, given):
     """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
 
     A run that was begun before keeps its settings; options that say otherwise are refused, but
-    for those of the machine.
+    for those of the machine and of the publication.
 
     Args:
         exp_dir (str or Path): Folder of the run.
@@ -183,15 +186,15 @@ def begin_run(exp_dir, settings, given):
     """
     path = Path(exp_dir) / "conf.yml"
     if path.exists():
-        begun = read_conf(path)
+        begun, may_change = read_conf(path), (*OF_THE_MACHINE, *PUBLICATION)
         for key, value in given.items():
-            if key not in OF_THE_MACHINE and begun.get(key) != settings[key]:
+            if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(
                     f"{exp_dir} was begun with {key} {begun.get(key)}, not {value}; "
                     "choose another --tag, or delete that folder"
                 )
-        machine = {key: settings[key] for key in given if key in OF_THE_MACHINE}
-        settings = {**settings, **begun, **machine}
+        changed = {key: settings[key] for key in given if key in may_change}
+        settings = {**settings, **begun, **changed}
     with whole_file(path) as part:
         part.write_text(yaml.safe_dump({"settings": settings}, sort_keys=False))
     return settings

@@ -5,18 +5,19 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 """
 
 import functools
-from pathlib import Path
 
 import asteroid
 import torch
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from torch.nn import functional as F
 
+from . import speechbrain
 from .errors import UserError
 from .filterbanks import build_filterbank
-from .hub import load_weights_only, model_from_dict, save_whole
+from .hub import locate
 from .layers import ConvAttentionLayer, TransformerLayer
 from .masker import DualPathMasker
+from .weights import build, from_dict, open_stored, save_whole, write_pair
 
 
 class _DualPathModel(BaseEncoderMaskerDecoder):
@@ -119,30 +120,48 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         """
         save_whole(self.serialize(), path)
 
-    @classmethod
-    def from_pretrained(cls, name_or_path, **overrides):
-        """A model with the weights of a file or dictionary.
+    def save_pretrained(self, folder, half=False, **about):
+        """Writes the model as `model.safetensors` and `config.json`, for `from_pretrained`.
 
         Args:
-            name_or_path (str, Path or dict): What `save` wrote, or `serialize` returned. A name
-                that is no file is looked up as Asteroid does it (URL, hub id).
+            folder (str or Path): Where to; it is made if there is none, other files there stay.
+            half (bool): Whether weights are stored in 16 bits; they are read as 32 again.
+            **about: What else config.json shall tell: plain data, such as `metrics`.
+
+        Returns:
+            dict: The content of config.json.
+
+        Raises:
+            UserError: If the files cannot be written.
+        """
+        return write_pair(folder, self.serialize(), about, half)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, **overrides):
+        """A model with stored weights, wherever they are; nothing in them is run.
+
+        Args:
+            name_or_path (str, Path or dict): What `serialize` returned, or one of these, tried in
+                this order: a file that `save` wrote, or a folder of `save_pretrained`; a name of
+                `asteroid_tiny.list_models`; a URL, with ``#sha256=...`` behind it to have the
+                content checked; a model on the Hugging Face hub, ``user/repo`` or
+                ``user/repo@revision``.
             **overrides: Arguments of the constructor that differ from the stored ones.
 
         Raises:
-            UserError: If the file is broken, or holds a model of another class.
+            UserError: If there is no such model, or it is damaged, unsafe, of another class, or
+                of another sample rate than asked for.
 
         Examples:
             >>> model = TinySepformer.from_preset("tiny-sepformer-xs")
             >>> twin = TinySepformer.from_pretrained(model.serialize())
         """
-        conf, where = name_or_path, "the dictionary"
-        if not isinstance(name_or_path, dict):
-            where = str(name_or_path)
-            if not Path(where).exists():
-                return super().from_pretrained(where, **overrides)
-            conf = load_weights_only(where)
+        if isinstance(name_or_path, dict):
+            stored = from_dict(name_or_path, "the dictionary")
+        else:
+            stored = open_stored(locate(name_or_path))
         classes = {c.__name__: c for c in (cls, *cls.__subclasses__()) if c is not _DualPathModel}
-        return model_from_dict(conf, where, classes, **overrides)
+        return build(stored, classes, **overrides)
 
 
 class Sepformer(_DualPathModel):
@@ -218,6 +237,20 @@ class Sepformer(_DualPathModel):
     ):
         make_layer = functools.partial(TransformerLayer, bn_chan, n_heads, ff_hid, dropout=dropout)
         super().__init__(_arguments(locals()), make_layer)
+
+    @classmethod
+    def from_speechbrain(cls, source):
+        """A SepFormer that was trained with SpeechBrain; nothing in its files is run.
+
+        Args:
+            source (str or Path): A folder, or a model on the Hugging Face hub, such as
+                ``speechbrain/sepformer-wsj02mix`` or ``user/repo@revision``.
+
+        Raises:
+            UserError: If there is no such model, it is damaged, or of another kind.
+        """
+        stored = from_dict(speechbrain.read(source), str(source))
+        return build(stored, {cls.__name__: cls})
 
 
 class TinySepformer(_DualPathModel):
@@ -337,3 +370,8 @@ for _model in (Sepformer, TinySepformer):
     if getattr(_known, "__module__", None) == __name__:  # this module is being reloaded
         delattr(asteroid.models, _model.__name__)
     asteroid.models.register_model(_model)
+
+
+def from_pretrained(name_or_path, **overrides):
+    """As `TinySepformer.from_pretrained`, for a model of either class."""
+    return _DualPathModel.from_pretrained(name_or_path, **overrides)

@@ -10,6 +10,7 @@ A run lives in one folder::
     best_model.pth           the model with the best validation loss, as Asteroid stores models
     training.json            how it was trained
     results/                 metrics, summary and examples on the test list
+    publish/                 the model with its card, for others
 
 Each stage says what it did; one that is done already says that.
 """
@@ -18,11 +19,13 @@ import hashlib
 import inspect
 import itertools
 import json
+import shlex
 import time
 from pathlib import Path
 
 import torch
 
+from .config import OF_THE_MACHINE, PUBLICATION, read_conf
 from .data import (
     MixtureList,
     NoiseDir,
@@ -286,6 +289,81 @@ def evaluate_model(exp_dir, settings):
     print(f"\n{format_table(summary)}\n")
     print(training_cost(exp_dir, settings))
     print(f"\n  metrics, summary and examples: {results}")
+
+
+def publish_model(exp_dir, settings, folder=None, given=(), **about):
+    """Stage 4: writes the publish folder of an evaluated model.
+
+    Args:
+        exp_dir (str or Path): Folder of the run.
+        settings (dict): Of the run.
+        folder (str or Path, optional): Where to; ``publish`` in the run's folder by default.
+        given (dict): Settings of the publication that differ now.
+        **about: What differs from what the run tells, such as `name`.
+
+    Returns:
+        Path: The folder.
+    """
+    from .publish import publish, read_summary
+
+    exp_dir = Path(exp_dir)
+    defaults = recipe_defaults(exp_dir)
+    settings = {**{key: defaults.get(key) for key in PUBLICATION}, **settings, **dict(given)}
+    for key in ("data_name", "data_licence"):
+        if settings["speech"] != defaults.get("speech") and settings[key] == defaults.get(key):
+            raise UserError(
+                f"the speech in {settings['speech']} is not that of the recipe, whose name and "
+                f"licence it cannot bear; give --{key}"
+            )
+    summary = read_summary(exp_dir / "results" / "summary.json")
+    model_class, _ = PRESETS[settings["preset"]]
+    model = model_class.from_pretrained(exp_dir / "best_model.pth")
+    try:
+        training = json.loads((exp_dir / "training.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{exp_dir}/training.json is missing or broken; run stage 2") from None
+    training["hours"] = training["steps"] * settings["batch_size"] * settings["segment"] / 3600
+    recipe_dir = exp_dir.resolve().parents[1]
+    credits_file = recipe_dir / settings["speech"] / "CREDITS.txt"
+    rate = f"{settings['sample_rate'] / 1000:g}k"
+    about = {
+        **{key: settings[key] for key in PUBLICATION},
+        "name": f"{settings['preset']}_{settings['n_src']}spk_{rate}",
+        "recipe": f"{recipe_dir.parent.name}/{recipe_dir.name}",
+        "training": training,
+        "summary": summary,
+        "settings": settings,
+        "command": run_command(exp_dir, settings),
+        "credits": credits_file.read_text(encoding="utf-8") if credits_file.exists() else None,
+        **about,
+    }
+    signals = None
+    if settings["half"]:
+        test = open_list(exp_dir, settings, "test")
+        signals = [test[i][0] for i in range(min(len(test), 5))]
+    folder = publish(model, folder or exp_dir / "publish", about, settings["half"], signals)
+    print(f"  publish folder: {folder}")
+    return folder
+
+
+def run_command(exp_dir, settings):
+    """The command line that makes a run like this one (str)."""
+    defaults = recipe_defaults(exp_dir)
+    given = {
+        key: value
+        for key, value in settings.items()
+        if key not in (*OF_THE_MACHINE, *PUBLICATION) and value != defaults.get(key)
+    }
+    options = {"stage": 0, "recipe": Path(exp_dir).resolve().parents[2].name, **given}
+    told = (f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
+    return f"./run.sh {' '.join(told)}"
+
+
+def recipe_defaults(exp_dir):
+    """The settings of a run's recipe without any option (dict)."""
+    recipe_dir = Path(exp_dir).resolve().parents[1]
+    paths = (recipe_dir.parents[2] / "local" / "conf.yml", recipe_dir / "conf.yml")
+    return {key: v for path in paths if path.exists() for key, v in read_conf(path).items()}
 
 
 def training_cost(exp_dir, settings):

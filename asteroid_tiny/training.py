@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .errors import UserError
-from .hub import load_weights_only, save_whole
+from .weights import load_weights_only, save_whole
 
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
@@ -162,7 +162,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         save_whole(checkpoint, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=True):
-        return load_weights_only(path, map_location)
+        try:
+            return load_weights_only(path, map_location)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to go on without it") from None
 
 
 class ProgressBar(TQDMProgressBar):

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile as sf
 import torch
 
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.errors import UserError
+from asteroid_tiny.summary import METRICS, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "egs" / "minispeech" / "TinySepformer" / "data"
@@ -55,6 +57,16 @@ def clips(valid_speech):
         samples = valid_speech.read(long, 0, 32000)
         found[speaker] = np.round(samples * 32768).astype(np.int16)
     return found
+
+
+@pytest.fixture(scope="session")
+def summary():
+    """The summary of an evaluation of six mixtures at 8 kHz, as `evaluate` returns it."""
+    values = np.random.default_rng(0).normal(2, 1, (6, len(METRICS)))
+    table = pd.DataFrame(values, columns=list(METRICS))
+    table["speakers"] = ["a b", "a c", "a d", "b c", "b d", "c d"]
+    table["genders"], table["same_production"] = "f m", None
+    return summarise(table, 8000)
 
 
 @pytest.fixture

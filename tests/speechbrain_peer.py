@@ -1,6 +1,8 @@
-"""SpeechBrain's SepFormer as its recipe for WSJ0-2mix builds it, and its weights in our names."""
+"""SpeechBrain's SepFormer: in one module, and as the folders that it publishes."""
 
 import torch
+from hyperpyyaml import load_hyperpyyaml
+from small import shaken
 from speechbrain.lobes.models.dual_path import (
     Decoder,
     Dual_Path_Model,
@@ -12,7 +14,7 @@ from speechbrain.lobes.models.dual_path import (
 class SpeechBrainSepformer(torch.nn.Module):
     """(batch, time) -> (batch, n_src, time), in the steps of SpeechBrain's `separate_batch`."""
 
-    def __init__(self, n_src=2, n_repeats=2, n_layers=8, chunk_size=250):
+    def __init__(self, n_src=2, n_repeats=2, n_layers=8, chunk_size=250, norm="ln"):
         super().__init__()
 
         def stack():
@@ -34,7 +36,7 @@ class SpeechBrainSepformer(torch.nn.Module):
             intra_model=stack(),
             inter_model=stack(),
             num_layers=n_repeats,
-            norm="ln",
+            norm=norm,
             K=chunk_size,
             num_spks=n_src,
             skip_around_intra=True,
@@ -49,46 +51,83 @@ class SpeechBrainSepformer(torch.nn.Module):
         return torch.nn.functional.pad(estimates, (0, mixture.shape[1] - estimates.shape[2]))
 
 
-def copy_weights(peer, model):
-    """Copies the weights of a `SpeechBrainSepformer` into a `Sepformer` of the same sizes."""
-    masknet, masker = peer.masknet, model.masker
+#: The layout of hyperparams.yaml in speechbrain/sepformer-wsj02mix and its sisters.
+HYPERPARAMS = """\
+sample_rate: 8000
+num_spks: 2
 
-    def copy(parameter, value):
-        assert parameter.numel() == value.numel()
-        parameter.data.copy_(value.reshape(parameter.shape))
+Encoder: !new:speechbrain.lobes.models.dual_path.Encoder
+  kernel_size: 16
+  out_channels: 256
 
-    def copy_pair(ours, theirs):
-        copy(ours.weight, theirs.weight)
-        if ours.bias is not None:
-            copy(ours.bias, theirs.bias)
+SBtfintra: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
+  num_layers: 8
+  d_model: 256
+  nhead: 8
+  d_ffn: 1024
+  dropout: 0
+  use_positional_encoding: true
+  norm_before: true
 
-    def copy_stack(ours, theirs):
-        for layer, other in zip(ours.layers, theirs.mdl.layers):
-            attention = other.self_att.att
-            qkv = (layer.attention.query, layer.attention.key, layer.attention.value)
-            weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-            for linear, weight, bias in zip(qkv, weights, biases):
-                copy(linear.weight, weight)
-                copy(linear.bias, bias)
-            copy_pair(layer.attention.out, attention.out_proj)
-            copy_pair(layer.attention_norm, other.norm1.norm)
-            copy_pair(layer.feed_forward.norm, other.norm2.norm)
-            copy_pair(layer.feed_forward.widen, other.pos_ffn.ffn[0])
-            copy_pair(layer.feed_forward.narrow, other.pos_ffn.ffn[3])
-        copy_pair(ours.norm, theirs.mdl.norm.norm)
+SBtfinter: !new:speechbrain.lobes.models.dual_path.SBTransformerBlock
+  num_layers: 8
+  d_model: 256
+  nhead: 8
+  d_ffn: 1024
+  dropout: 0
+  use_positional_encoding: true
+  norm_before: true
 
-    copy(model.encoder.filterbank._filters, peer.encoder.conv1d.weight)
-    copy(model.decoder.filterbank._filters, peer.decoder.weight)
-    copy_pair(masker.norm, masknet.norm)
-    copy_pair(masker.bottleneck, masknet.conv1d)
-    for i, block in enumerate(masknet.dual_mdl):
-        copy_stack(masker.intra[i], block.intra_mdl)
-        copy_pair(masker.intra_norm[i], block.intra_norm)
-        copy_stack(masker.inter[i], block.inter_mdl)
-        copy_pair(masker.inter_norm[i], block.inter_norm)
-    copy(masker.prelu.weight, masknet.prelu.weight)
-    copy_pair(masker.to_sources, masknet.conv2d)
-    masker.to_sources.bias.data.mul_(2)  # theirs is added in each of two overlapping chunks
-    copy_pair(masker.value, masknet.output[0])
-    copy_pair(masker.gate, masknet.output_gate[0])
-    copy_pair(masker.to_mask, masknet.end_conv1x1)
+MaskNet: !new:speechbrain.lobes.models.dual_path.Dual_Path_Model
+  num_spks: !ref <num_spks>
+  in_channels: 256
+  out_channels: 256
+  num_layers: 2
+  K: 250
+  intra_model: !ref <SBtfintra>
+  inter_model: !ref <SBtfinter>
+  norm: ln
+  linear_layer_after_inter_intra: false
+  skip_around_intra: true
+
+Decoder: !new:speechbrain.lobes.models.dual_path.Decoder
+  in_channels: 256
+  out_channels: 1
+  kernel_size: 16
+  stride: 8
+  bias: false
+
+modules:
+  encoder: !ref <Encoder>
+  decoder: !ref <Decoder>
+  masknet: !ref <MaskNet>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+  loadables:
+    encoder: !ref <Encoder>
+    masknet: !ref <MaskNet>
+    decoder: !ref <Decoder>
+"""
+
+
+def write_folder(folder, **changes):
+    """A folder as SpeechBrain publishes it, written by its own classes with random weights.
+
+    Args:
+        folder (Path): Where to; it is made.
+        **changes: Other values of the keys of `HYPERPARAMS`, wherever they stand.
+    """
+    text = HYPERPARAMS
+    for key, value in changes.items():
+        assert f"{key}: " in text
+        text = "".join(
+            f"{line.partition(key)[0]}{key}: {value}\n"
+            if line.strip().startswith(f"{key}: ") and "<" not in line
+            else line
+            for line in text.splitlines(keepends=True)
+        )
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text(text)
+    for name, module in load_hyperpyyaml(text)["modules"].items():
+        torch.save(shaken(module).state_dict(), folder / f"{name}.ckpt")
+    return folder

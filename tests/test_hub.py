@@ -1,134 +1,262 @@
-"""Stored models: damaged files, code in files, full disks."""
+"""Where models come from: paths, packaged models, addresses, the hub's own client on a loopback."""
 
-import copy
 import errno
 import os
-import pickle
+import shutil
+import time
 
-import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
+from server import serving_files, serving_hub
 from small import small
 
-from asteroid_tiny import TinySepformer
+import asteroid_tiny
+from asteroid_tiny import Sepformer, TinySepformer, from_pretrained, hub, list_models
+from asteroid_tiny.download import digest_of
+from asteroid_tiny.publish import publish, push
+from asteroid_tiny.weights import CONFIG, WEIGHTS
 
 
-class Bomb:
-    """An object that makes a folder when it is unpickled by code that trusts it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def damaged_dict(change):
-    """Writes a stored model after `change` of its dictionary."""
-
-    def write(path, conf):
-        change(conf)
-        torch.save(conf, path)
-
-    return write
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Caches of this test's own, and a working folder without anything in it."""
+    monkeypatch.setenv("ASTEROID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "cache" / "asteroid_tiny"
 
 
-def truncated(path, conf):
-    torch.save(conf, path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "ZOO", tmp_path / "zoo")
+    return tmp_path / "zoo"
 
 
-def overwritten(path, conf):
-    torch.save(conf, path)
-    content = bytearray(path.read_bytes())
-    content[-200:] = bytes(200)
-    path.write_bytes(content)
+def alike(model, other):
+    state, theirs = model.state_dict(), other.state_dict()
+    return type(model) is type(other) and all(torch.equal(state[key], theirs[key]) for key in state)
 
 
-DAMAGES = {
-    "empty": lambda path, conf: path.write_bytes(b""),
-    "text": lambda path, conf: path.write_text("<html>404</html>\n"),
-    "random bytes": lambda path, conf: path.write_bytes(np.random.default_rng(0).bytes(9999)),
-    "truncated": truncated,
-    "end overwritten": overwritten,
-    "code in zip": lambda path, conf: torch.save({**conf, "x": Bomb(path.parent / "boom")}, path),
-    "code in pickle": lambda path, conf: path.write_bytes(
-        pickle.dumps({**conf, "x": Bomb(path.parent / "boom")})
-    ),
-    "a list": lambda path, conf: torch.save([1, 2], path),
-    "a tensor": lambda path, conf: torch.save(torch.ones(3), path),
-    "no name": damaged_dict(lambda conf: conf.pop("model_name")),
-    "no arguments": damaged_dict(lambda conf: conf.pop("model_args")),
-    "no weights": damaged_dict(lambda conf: conf.pop("state_dict")),
-    "unknown class": damaged_dict(lambda conf: conf.update(model_name="ConvTasNet")),
-    "other class": damaged_dict(lambda conf: conf.update(model_name="Sepformer")),
-    "list as name": damaged_dict(lambda conf: conf.update(model_name=["TinySepformer"])),
-    "arguments no dict": damaged_dict(lambda conf: conf.update(model_args=3)),
-    "weights no dict": damaged_dict(lambda conf: conf.update(state_dict=None)),
-    "weight lacks": damaged_dict(lambda conf: conf["state_dict"].popitem()),
-    "surplus weight": damaged_dict(lambda conf: conf["state_dict"].update(extra=torch.ones(2))),
-    "number as key": damaged_dict(lambda conf: conf["state_dict"].update({3: torch.ones(2)})),
-    "other shape": damaged_dict(
-        lambda conf: conf["state_dict"].update({"masker.prelu.weight": torch.ones(7)})
-    ),
-    "other size": damaged_dict(lambda conf: conf["model_args"].update(bn_chan=18, n_heads=3)),
-    "argument lacks": damaged_dict(lambda conf: conf["model_args"].pop("n_src")),
-    "surplus argument": damaged_dict(lambda conf: conf["model_args"].update(n_fliters=16)),
-    "bad argument": damaged_dict(lambda conf: conf["model_args"].update(n_heads=0)),
-    "bad filterbank": damaged_dict(lambda conf: conf["model_args"].update(fb_name="stft")),
-}
+def files_of(model, folder, prefix="/"):
+    """What a web server needs to serve a model: {path: content}."""
+    model.save_pretrained(folder)
+    model.save(folder / "model.pth")
+    return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_one_sentence_and_nothing_is_run(damage, tmp_path, refused):
-    path = tmp_path / "model.pth"
-    conf = small(n_filters=8).serialize()  # too few filters for "bad filterbank"
-    TinySepformer.from_pretrained(copy.deepcopy(conf))  # undamaged
-    DAMAGES[damage](path, conf)
-    with refused(path):
-        TinySepformer.from_pretrained(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+def test_packaged_models_are_listed_and_load_by_name(zoo):
+    model = small(Sepformer, 3)
+    model.save_pretrained(zoo / "a-model", metrics={"si_sdr_i": 7.5}, licence="mit")
+    assert asteroid_tiny.list_models().keys() == {"a-model"}
+    facts = list_models()["a-model"]
+    assert facts["n_src"] == 3 and facts["metrics"]["si_sdr_i"] == 7.5
+    assert alike(from_pretrained("a-model"), model)
+    assert alike(Sepformer.from_pretrained("a-model"), model)
 
 
-def test_the_bomb_of_the_test_above_is_live(tmp_path):
-    torch.save(Bomb(tmp_path / "boom"), tmp_path / "model.pth")
-    torch.load(tmp_path / "model.pth", weights_only=False)
-    assert (tmp_path / "boom").is_dir()
+def test_a_packaged_model_of_the_other_class_is_said(zoo, refused):
+    small(Sepformer).save_pretrained(zoo / "a-model")
+    with refused("'Sepformer', not TinySepformer"):
+        TinySepformer.from_pretrained("a-model")
 
 
-def assert_intact(path, model):
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    stored = torch.load(path, weights_only=True)["state_dict"]
-    assert all(torch.equal(stored[key], value) for key, value in model.state_dict().items())
+def test_a_path_comes_before_a_packaged_name_and_the_clash_is_said(zoo):
+    packaged, own = small(), small()
+    packaged.save_pretrained(zoo / "a-model")
+    own.save_pretrained("a-model")
+    with pytest.warns(UserWarning, match="both a path here and a packaged model"):
+        assert alike(from_pretrained("a-model"), own)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, refused):
-    path = tmp_path / "model.pth"
-    old, new = small(), small()
-    old.save(path)
+def test_a_name_of_nothing_says_what_there_is(zoo, refused):
+    small().save_pretrained(zoo / "a-model")
+    with refused("no-model is neither", "there are a-model", "user/repo"):
+        from_pretrained("no-model")
 
-    def full(_):
+
+def test_an_address_is_fetched_once_as_long_as_its_content_is_the_same(tmp_path, cache):
+    first, second = small(), small()
+    with serving_files(files_of(first, tmp_path / "first")) as server:
+        url = f"{server.address}/model.pth"
+        assert alike(from_pretrained(url), first)
+        assert alike(from_pretrained(url), first)
+        assert len(server.asked) == 3  # who it is, its content; who it is
+        server.files = files_of(second, tmp_path / "second")
+        assert alike(from_pretrained(url), second)
+        server.quirks = ["no etag"]
+        server.files = files_of(first, tmp_path / "first")
+        assert alike(from_pretrained(url), first)
+    assert {path.name for path in cache.rglob("*") if path.is_file()} == {"model.pth"}
+
+
+def test_the_same_file_name_on_two_servers_is_two_models(tmp_path):
+    first, second = small(), small()
+    files = files_of(first, tmp_path / "1", "/a/") | files_of(second, tmp_path / "2", "/b/")
+    with serving_files(files) as server:
+        for name in ("model.pth", WEIGHTS):
+            assert alike(from_pretrained(f"{server.address}/a/{name}"), first)
+            assert alike(from_pretrained(f"{server.address}/b/{name}"), second)
+
+
+def test_a_checksum_in_the_address_is_verified_and_saves_the_question(tmp_path, refused):
+    model = small()
+    files = files_of(model, tmp_path / "model")
+    digest = digest_of(tmp_path / "model" / "model.pth")
+    with serving_files(files) as server:
+        url = f"{server.address}/model.pth"
+        with refused(url, "0" * 64, "not kept"):
+            from_pretrained(f"{url}#sha256={'0' * 64}")
+        assert alike(from_pretrained(f"{url}#sha256={digest}"), model)
+        with refused("64 hexadecimal digits"):
+            from_pretrained(f"{url}#md5=1")
+        with refused(CONFIG, digest):
+            from_pretrained(f"{server.address}/{WEIGHTS}#sha256={digest}")
+        weights = digest_of(tmp_path / "model" / WEIGHTS)
+        assert alike(from_pretrained(f"{server.address}/{WEIGHTS}#sha256={weights}"), model)
+    assert alike(from_pretrained(f"{url}#sha256={digest}"), model)  # no server any more
+
+
+def test_an_address_with_another_description_or_none_is_one_sentence(tmp_path, refused):
+    files = files_of(small(), tmp_path / "model")
+    with serving_files(files) as server:
+        with refused(f"{server.address}/no.pth answers 404"):
+            from_pretrained(f"{server.address}/no.pth")
+        server.files = {**files, f"/{CONFIG}": b"<html>"}
+        with refused(f"{server.address}/{CONFIG} is no JSON"):
+            from_pretrained(f"{server.address}/{WEIGHTS}")
+        server.files = {**files, f"/{WEIGHTS}": files[f"/{WEIGHTS}"][:-1] + b"!"}
+        with refused(f"{server.address}/{WEIGHTS}", "not kept"):
+            from_pretrained(f"{server.address}/{WEIGHTS}")
+
+
+@pytest.fixture
+def on_hub(monkeypatch):
+    """A hub on the loopback, which the real client talks to with a token that may write."""
+    with serving_hub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet has servers of its own
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the client waits before it tries again
+        yield server
+
+
+@pytest.fixture
+def published(tmp_path, summary):
+    """(a model, its publish folder)"""
+    about = dict(name="m", data_name="d", data_licence="CC0", licence="mit", summary=summary)
+    model = small()
+    return model, publish(model, tmp_path / "publish", about)
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(on_hub, published, tmp_path):
+    model, folder = published
+    url = push(folder, "me/model")
+    assert url.startswith(f"{on_hub.address}/me/model/commit/")
+    assert on_hub.commits["me/model"][-1].keys() == {
+        "README.md",
+        CONFIG,
+        WEIGHTS,
+        "pytorch_model.bin",
+    }
+    assert alike(from_pretrained("me/model"), model)
+    assert alike(TinySepformer.from_pretrained("me/model@main"), model)
+    (tmp_path / "asteroid").mkdir()
+    (tmp_path / "asteroid" / "model.bin").write_bytes(
+        on_hub.commits["me/model"][-1]["pytorch_model.bin"]
+    )
+    assert alike(from_pretrained(tmp_path / "asteroid" / "model.bin"), model)
+
+
+def test_a_revision_stays_what_it_was_and_the_cache_serves_without_network(
+    on_hub, published, tmp_path, summary, monkeypatch, refused
+):
+    first, folder = published
+    old = push(folder, "me/model").rpartition("/")[2]
+    second = small()
+    about = dict(name="m", data_name="d", data_licence="CC0", licence="mit", summary=summary)
+    push(publish(second, folder, about), "me/model")
+    assert alike(from_pretrained("me/model"), second)
+    assert alike(from_pretrained(f"me/model@{old}"), first)
+    n_asked = len(on_hub.asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert alike(from_pretrained("me/model"), second)
+    assert alike(from_pretrained(f"me/model@{old}"), first)
+    with refused("me/other is not in the cache"):
+        from_pretrained("me/other")
+    assert len(on_hub.asked) == n_asked
+
+
+def test_a_repository_of_asteroid_has_one_file(on_hub, tmp_path):
+    model = small()
+    content = files_of(model, tmp_path / "model")["/model.pth"]
+    on_hub.commits["me/old"] = [{"pytorch_model.bin": content}]
+    assert alike(from_pretrained("me/old"), model)
+
+
+def test_what_is_not_on_the_hub_is_one_sentence(on_hub, published, refused):
+    push(published[1], "me/model")
+    on_hub.commits["me/empty"] = [{}]
+    with refused("me/none does not exist on the hub"):
+        from_pretrained("me/none")
+    with refused("me/model@v9 has no revision 'v9'"):
+        from_pretrained("me/model@v9")
+    with refused("me/empty holds neither"):
+        from_pretrained("me/empty")
+    with refused("me/..x is no name on the hub"):
+        from_pretrained("me/..x")
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(on_hub, monkeypatch, refused):
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+        told = getattr(constants, name).replace(on_hub.address, "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, name, told)
+    with refused("me/model is not in the cache, and the hub cannot be reached"):
+        from_pretrained("me/model")
+
+
+def test_a_refused_token_is_one_sentence_and_nothing_is_made(
+    on_hub, published, monkeypatch, refused
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    with refused("me/model", "401", "hf auth login"):
+        push(published[1], "me/model")
+    assert on_hub.commits == {}
+
+
+@pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+def test_a_connection_dropped_in_the_upload_leaves_no_commit(on_hub, published, where, refused):
+    model, folder = published
+    on_hub.drop = where
+    with refused("me/model could not be transferred"):
+        push(folder, "me/model")
+    assert on_hub.commits["me/model"] == [{}]
+    on_hub.drop = None
+    push(folder, "me/model")
+    assert alike(from_pretrained("me/model"), model)
+
+
+def test_a_full_disk_while_downloading_is_said_and_nothing_half_is_used(
+    on_hub, published, monkeypatch, refused
+):
+    model, folder = published
+    push(folder, "me/model")
+
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with refused(path, "disk is full"):
-            new.save(path)
-    assert_intact(path, old)
-    new.save(path)
-    assert_intact(path, new)
+        patch.setattr(shutil, "move", full)
+        with refused("me/model", "the disk is full"):
+            from_pretrained("me/model")
+    assert alike(from_pretrained("me/model"), model)
 
 
-def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, refused):
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "model.pth"
-    old, new = small(), TinySepformer.from_preset("tiny-sepformer-xs")
-    old.save(path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    try:
-        with refused(path, "could not be written"):
-            new.save(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_intact(path, old)
+def test_names_that_are_none_are_not_uploaded(published, refused, tmp_path):
+    with refused("must be user/repo"):
+        push(published[1], "model")
+    with refused("is no publish folder"):
+        push(tmp_path, "me/model")

@@ -6,12 +6,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from small import small
 
 ROOT = Path(__file__).resolve().parents[1]
 TRY = """
 import asteroid, torch, asteroid_tiny
 assert "site" in asteroid_tiny.__file__, asteroid_tiny.__file__
 model = asteroid.models.get("TinySepformer").from_preset("tiny-sepformer-xs")
+assert asteroid_tiny.from_pretrained("a-model").masker.n_src == 2
 print(tuple(model(torch.zeros(1, 4000)).shape))
 """
 
@@ -23,6 +25,7 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "asteroid_tiny"):
         subprocess.run(["cp", "-R", ROOT / name, source], check=True)
+    small().save_pretrained(source / "asteroid_tiny" / "zoo" / "a-model")  # a packaged model
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source]
     subprocess.run(pip, check=True, capture_output=True)
     return next(folder.glob("*.whl"))
@@ -31,8 +34,11 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_code_and_no_speech(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "asteroid_tiny/data/mixing.py" in names
+    assert "asteroid_tiny/zoo/a-model/model.safetensors" in names
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"asteroid-tiny = asteroid_tiny.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
     assert not [name for name in names if name.endswith(".ogg") or name.startswith("egs")]
-    assert wheel.stat().st_size < 1_000_000
+    assert wheel.stat().st_size < 25_000_000  # mostly packaged weights
 
 
 def test_what_the_wheel_installs_can_be_used(wheel, tmp_path):

@@ -123,7 +123,7 @@ def test_stretches_are_taken_where_both_speak(make_dir, clips, tmp_path):
 
 
 def test_broken_recordings_of_a_list_are_passed_over(listed, monkeypatch, caplog):
-    monkeypatch.setattr("asteroid_tiny.data.mixing.MOST_BROKEN", 0.3)
+    monkeypatch.setattr("asteroid_tiny.data.datasets.MOST_BROKEN", 0.3)
     broken = listed.mixtures[0].sources[0].utterance
     with open(listed.speech.wavs[broken], "wb") as file:
         file.write(b"nothing")

@@ -70,7 +70,7 @@ def test_help_lists_every_setting_with_the_default_of_the_recipe():
         (["--speed", "3"], "no option --speed"),
         (["stage", "0"], "stage is no option"),
         (["--stage"], "--stage needs a value"),
-        (["--stage", "four"], "must be a stage from 0 to 3, not 'four'"),
+        (["--stage", "four"], "must be a stage from 0 to 4, not 'four'"),
         (["--stage", "-1"], "must be a stage"),
         (["--recipe", "none"], "no recipe 'none'; there are: librimix minispeech"),
         (["--tag", "../x"], "must be a plain name"),
@@ -88,10 +88,10 @@ def test_bad_options_get_one_sentence(options, words, tag):
 
 
 def test_stages_from_speech_to_results(tag):
-    done = run("--stage", "0", "--tag", tag, *SHORT)
+    done = run("--stage", "0", "--stop_stage", "4", "--tag", tag, *SHORT)
     assert done.returncode == 0, done.stderr
     exp = EXP / tag
-    for words in ("Stage 0", "Stage 3", "SI-SDRi", "ammdomus.it", "10 speakers"):
+    for words in ("Stage 0", "Stage 4", "SI-SDRi", "ammdomus.it", "10 speakers"):
         assert words in done.stdout
     with open(exp / "results" / "metrics.csv") as file:
         assert len(list(csv.DictReader(file))) == 6
@@ -102,6 +102,11 @@ def test_stages_from_speech_to_results(tag):
     model = TinySepformer.from_pretrained(exp / "best_model.pth")
     assert model.separate(torch.randn(1, 8000)).shape == (1, 2, 8000)
     assert json.loads((exp / "training.json").read_text())["steps"] == 30
+    published = TinySepformer.from_pretrained(exp / "publish").state_dict()
+    assert all(torch.equal(published[key], value) for key, value in model.state_dict().items())
+    card = (exp / "publish" / "README.md").read_text()
+    for words in ("GPL-2", "ammdomus.it", "30 steps", "SI-SDRi", "--n_filters 64", "minispeech"):
+        assert words in " ".join(card.split())
 
     kept = {path: path.stat().st_mtime_ns for path in exp.rglob("*.pth")}
     again = run("--tag", tag)  # each stage says that it is done, and does nothing

@@ -1,0 +1,196 @@
+"""Publishing: the folder, its card, Asteroid's package, 16 bits, the command line, the zoo."""
+
+import copy
+import json
+
+import asteroid
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+import yaml
+from asteroid.models import ConvTasNet
+from asteroid.models.publisher import _populate_publishable, make_metadata_from_model
+from conftest import DATA
+from small import CLASSES, both_classes, small
+
+from asteroid_tiny import cli, from_pretrained, hub, list_models
+from asteroid_tiny.config import read_conf
+from asteroid_tiny.publish import is_published, publish, rounding_db
+from asteroid_tiny.recipe import publish_model
+from asteroid_tiny.weights import CONFIG, WEIGHTS
+
+
+@pytest.fixture
+def about(summary):
+    return dict(
+        name="a-model",
+        data_name="Some Corpus (clean)",
+        data_licence="CC BY-NC 4.0",
+        data_url="https://example.org/corpus",
+        licence="cc-by-sa-3.0",
+        summary=summary,
+        command="./run.sh --stage 0",
+        training={"steps": 100, "hours": 1.25},
+    )
+
+
+def speech_of(clips):
+    first, second = list(clips.values())[:2]
+    return torch.from_numpy(first.astype(np.float32) + second) / 65536
+
+
+@both_classes
+def test_all_files_of_a_publish_folder_hold_the_same_model(model_class, tmp_path, about, clips):
+    model, mixture = small(model_class), speech_of(clips)[None, :8000]
+    folder = publish(model, tmp_path / "made" / "publish", about)
+    plain = torch.load(folder / "model.pth", weights_only=True)  # as asteroid-upload does
+    twins = [
+        from_pretrained(folder),
+        from_pretrained(folder / "pytorch_model.bin"),
+        asteroid.models.BaseModel.from_pretrained(str(folder / "pytorch_model.bin")),
+        asteroid.models.BaseModel.from_pretrained(copy.deepcopy(plain)),
+    ]
+    with torch.no_grad():
+        assert all(torch.equal(twin.eval()(mixture), model(mixture)) for twin in twins)
+    assert is_published(folder) and all(type(twin) is model_class for twin in twins)
+
+
+def test_asteroid_upload_finds_what_it_needs(tmp_path, about):
+    package = torch.load(publish(small(), tmp_path / "p", about) / "model.pth", weights_only=True)
+    package = _populate_publishable(package, uploader="A. Nonym", git_username="nonym")
+    metadata = make_metadata_from_model(package)
+    assert "Some Corpus" in metadata["title"] and "CC BY-NC 4.0" in metadata["description"]
+    assert "(Research only)" in package["infos"]["license_note"]
+    assert f"{package['infos']['final_metrics']['si_sdr_imp']}" in metadata["description"]
+
+
+def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
+    card = (publish(small(), tmp_path / "p", about) / "README.md").read_text()
+    _, block, text = card.split("---\n", 2)
+    metadata, text = yaml.safe_load(block), " ".join(text.split())
+    assert metadata["license"] == "cc-by-sa-3.0" and metadata["library_name"] == "asteroid"
+    assert metadata["datasets"] == ["Some-Corpus-clean"] and "asteroid" in metadata["tags"]
+    (result,) = metadata["model-index"][0]["results"]
+    mean = about["summary"]["groups"]["all"]["si_sdr_i"]["mean"]
+    assert result["metrics"][0]["value"] == pytest.approx(mean, abs=1e-3)
+    words = "CC BY-NC 4.0", "example.org/corpus", "100 steps", "1.25 h", f"{mean:.2f}", "8000 Hz"
+    for word in (*words, "./run.sh --stage 0", "Limits", 'from_pretrained("a-model")'):
+        assert word in text, word
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data_licence=None), ["licence of the data", "--data_licence"]),
+        (dict(data_name=""), ["--data_name"]),
+        (dict(licence=None), ["--licence"]),
+        (dict(summary=None), ["metrics", "--summary"]),
+        (dict(summary={"n_mixtures": 3}), ["no summary of an evaluation"]),
+    ],
+    ids=str,
+)
+def test_nothing_is_published_without_licence_and_metrics(tmp_path, about, change, words, refused):
+    with refused(*words):
+        publish(small(), tmp_path / "p", {**about, **change})
+    assert not list(tmp_path.iterdir())
+
+
+def test_speech_of_ones_own_does_not_bear_the_name_of_the_recipes(refused):
+    recipe = DATA.parent
+    settings = read_conf(recipe.parents[2] / "local" / "conf.yml") | read_conf(recipe / "conf.yml")
+    with refused("the speech in /mine", "--data_name"):
+        publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine"})
+    with refused("the speech in /mine", "--data_licence"):
+        publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine", "data_name": "My"})
+
+
+def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, refused):
+    with refused("8000 Hz", "16000 Hz"):
+        publish(small(sample_rate=16000), tmp_path / "p", about)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, about, refused):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with refused(tmp_path, "holds other files"):
+        publish(small(), tmp_path, about)
+    for _ in range(2):  # one of ours is replaced
+        publish(small(), tmp_path / "p", about)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_16_bits_are_stored_where_they_serve_and_else_not(tmp_path, about, capsys, clips):
+    model, speech = small(), speech_of(clips)[:16000]
+    assert 40 < rounding_db(model, [speech]) < 90 and rounding_db(model) > 40
+    folder = publish(model, tmp_path / "half", about, half=True, signals=[speech])
+    assert "16 bits are stored" in capsys.readouterr().out
+    assert json.loads((folder / CONFIG).read_text())["dtype"] == "float16"
+    whole = publish(model, tmp_path / "whole", about)
+    assert (folder / WEIGHTS).stat().st_size < 0.75 * (whole / WEIGHTS).stat().st_size
+    for path in (folder, folder / "model.pth"):
+        state = from_pretrained(path).state_dict()
+        assert all(torch.equal(state[k], v.half().float()) for k, v in model.state_dict().items())
+    model.encoder.filterbank._filters.data[0] = 1e6  # more than 16 bits hold
+    folder = publish(model, tmp_path / "half", about, half=True, signals=[speech])
+    assert "32 bits are stored" in capsys.readouterr().out
+    assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
+
+
+def test_any_model_is_published_and_packaged_from_the_command_line(
+    tmp_path, about, monkeypatch, capsys
+):
+    monkeypatch.setattr(hub, "ZOO", tmp_path / "zoo")
+    model = small()
+    model.save(tmp_path / "model.pth")
+    (tmp_path / "summary.json").write_text(json.dumps(about["summary"]))
+    source, out = str(tmp_path / "model.pth"), str(tmp_path / "out")
+    options = ["publish", source, "--out", out, "--name", "a-model", "--data_name", "Corpus"]
+    options += ["--summary", str(tmp_path / "summary.json")]
+    with pytest.raises(SystemExit) as left:
+        cli.main(options)
+    assert left.value.code == 2 and "--data_licence" in capsys.readouterr().err
+    cli.main([*options, "--data_licence", "CC0"])
+    cli.main(["publish", out, "--zoo"])
+    assert list_models()["a-model"]["training"]["data"]["licence"] == "CC0"
+    twin = from_pretrained("a-model")
+    assert all(torch.equal(twin.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_class", [*CLASSES, ConvTasNet])
+def test_infer_separates_with_models_of_ours_and_of_asteroid(model_class, tmp_path, clips):
+    if model_class is ConvTasNet:
+        model = ConvTasNet(2, n_blocks=1, n_repeats=1, sample_rate=8000).eval()
+        torch.save(model.serialize(), tmp_path / "model.pth")  # with TorchVersion, as Asteroid does
+    else:
+        model = small(model_class)
+        model.save(tmp_path / "model.pth")
+    sf.write(tmp_path / "talk.wav", speech_of(clips)[:4000].numpy(), 8000)
+    cli.main(["infer", str(tmp_path / "model.pth"), "--files", str(tmp_path / "talk.wav")])
+    written = np.stack([sf.read(tmp_path / f"talk_est{i}.wav")[0] for i in (1, 2)])
+    assert written.shape == (2, 4000) and np.abs(written).max() > 0
+    mixture, _ = sf.read(tmp_path / "talk.wav", dtype="float32")
+    expected = model.separate(mixture[None, None])
+    assert np.allclose(written, expected[0], atol=1e-4)
+
+
+def test_infer_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    small().save(tmp_path / "model.pth")
+    sf.write(tmp_path / "talk.wav", np.zeros(1000), 16000)
+    for model, words in [("model.pth", "sampling rate"), ("none.pth", "none.pth is neither")]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["infer", str(tmp_path / model), "--files", str(tmp_path / "talk.wav")])
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert left.value.code == 2 and line.startswith("error: ") and words in line
+
+
+def test_help_names_every_command_and_option(capsys):
+    for argv, words in [
+        (["--help"], ["publish", "infer"]),
+        (["publish", "--help"], ["--data_licence", "--push", "--zoo"]),
+        (["infer", "--help"], ["--ola-window", "--resample"]),
+    ]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(argv)
+        assert left.value.code == 0
+        told = capsys.readouterr().out
+        assert all(word in told for word in words)
