@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from .config import OF_THE_MACHINE, PUBLICATION, read_conf
+from .cost import training_cost
 from .data import (
     MixtureList,
     NoiseDir,
@@ -41,10 +42,10 @@ from .data.check import check_dir, check_speech, format_findings
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
-from .models import PRESETS
+from .hub import list_models
+from .models import PRESETS, from_pretrained
 
-FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
-GPU_FLOPS = 50e12  # a second, sustained in bf16: what a large GPU may reach with such layers
+CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
 SHORTEST = 0.5  # s: utterances below are reported
 #: Corpora that have mixture lists of their own, and their modules.
 LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
@@ -239,8 +240,7 @@ def train_model(exp_dir, settings):
     outcome = train(model, speech, valid, exp_dir, settings)
     if outcome is None:  # the first process does the rest
         return
-    on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
-    outcome["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
+    outcome["device"] = torch.cuda.get_device_name() if on_gpu(settings) else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
     with whole_file(exp_dir / "training.json") as part:
         part.write_text(json.dumps(outcome, indent=2) + "\n")
@@ -278,17 +278,46 @@ def evaluate_model(exp_dir, settings):
     else:
         model_class, _ = PRESETS[settings["preset"]]
         model = model_class.from_pretrained(str(exp_dir / "best_model.pth"))
-        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
         summary = evaluate(
             model,
             open_list(exp_dir, settings, "test"),
             results,
-            device="cuda" if on_gpu else "cpu",
+            device="cuda" if on_gpu(settings) else "cpu",
             n_workers=settings["eval_workers"],
         )
     print(f"\n{format_table(summary)}\n")
-    print(training_cost(exp_dir, settings))
+    compare_packaged(exp_dir, settings)
+    print(training_cost(exp_dir, settings, build_model(settings)))
     print(f"\n  metrics, summary and examples: {results}")
+
+
+def compare_packaged(exp_dir, settings):
+    """Evaluates the packaged models that fit on the test list, once for a list; prints the means.
+
+    On a CPU only the small ones, which take a minute.
+    """
+    from .evaluation import evaluate
+
+    exp_dir, device = Path(exp_dir), "cuda" if on_gpu(settings) else "cpu"
+    test_list = (exp_dir / "lists" / "test.csv").read_bytes()
+    for name, about in list_models().items():
+        fits = all(about[key] == settings[key] for key in ("n_src", "sample_rate"))
+        if not fits or (device == "cpu" and about["n_parameters"] > CPU_PARAMETERS):
+            continue
+        which = hashlib.sha256(test_list + about["sha256"].encode()).hexdigest()[:16]
+        folder = exp_dir.parent / ".packaged" / f"{name}_{which}"
+        if not (folder / "summary.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            mixtures = open_list(exp_dir, settings, "test")
+            evaluate(from_pretrained(name), mixtures, folder, device, settings["eval_workers"])
+        summary = json.loads((folder / "summary.json").read_text())
+        mean = summary["groups"]["all"]["si_sdr_i"]["mean"]
+        print(f"The packaged {name} has an SI-SDRi of {mean:.2f} dB on the same mixtures.\n")
+
+
+def on_gpu(settings):
+    """Whether the run computes on a GPU."""
+    return settings["accelerator"] != "cpu" and torch.cuda.is_available()
 
 
 def publish_model(exp_dir, settings, folder=None, given=(), **about):
@@ -364,45 +393,3 @@ def recipe_defaults(exp_dir):
     recipe_dir = Path(exp_dir).resolve().parents[1]
     paths = (recipe_dir.parents[2] / "local" / "conf.yml", recipe_dir / "conf.yml")
     return {key: v for path in paths if path.exists() for key, v in read_conf(path).items()}
-
-
-def training_cost(exp_dir, settings):
-    """What the training took in floating-point operations, and what a full one would take.
-
-    Arithmetic, exact in the operations: two a multiply-accumulate, and a backward pass of twice
-    the forward pass.
-    """
-    done = json.loads((Path(exp_dir) / "training.json").read_text())
-    hours = done["steps"] * settings["batch_size"] * settings["segment"] / 3600
-    with torch.device("meta"):  # shapes alone are enough to count
-        models = {"this model": build_model(settings)}
-        models |= {name: of.from_preset(name) for name, (of, _) in PRESETS.items()}
-    lines = [
-        f"Trained for {done['steps']} steps on {hours:.1f} h of mixtures ({done['device']}).",
-        f"On a GPU, give it a larger model and {FULL_HOURS} h of mixtures (such as --preset "
-        "tiny-sepformer-s --segment 4",
-        f"--steps {FULL_HOURS * 3600 // 64} --batch_size 16), at {GPU_FLOPS / 1e12:.0f} TFLOP/s "
-        "sustained (assumed, not measured):",
-    ]
-    for name, model in models.items():
-        macs = count_macs(model)
-        gpu_hours = 6 * macs * FULL_HOURS * 3600 / GPU_FLOPS / 3600
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        lines.append(
-            f"  {name:18} {size:5.2f} M parameters  {macs / 1e9:5.1f} GMAC a second of audio  "
-            f"{gpu_hours:6.1f} h"
-        )
-    return "\n".join(lines)
-
-
-def count_macs(model):
-    """Multiply-accumulates for one second of audio, the mean over 4 s (float).
-
-    The model must be on the meta device, where attention is made of matrix products to count.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(torch.empty(1, 4 * round(model.sample_rate), device="meta"))
-    return counter.get_total_flops() / 2 / 4
