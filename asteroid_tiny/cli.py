@@ -1,0 +1,206 @@
+"""The command line `asteroid-tiny`: its subcommands, each one function with options of its own.
+
+A subcommand is a function of the parsed options behind `command`; what it needs it imports itself,
+so that ``--help`` and a wrong option do not wait for it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import UserError, exit_on_user_error
+
+#: By name: the function that runs a subcommand, and what adds its options to a parser.
+COMMANDS = {}
+
+
+def command(name, add_options=None):
+    """Registers a function as a subcommand; the first line of its docstring is its help.
+
+    Args:
+        name (str): Of the subcommand.
+        add_options (callable, optional): Takes the `argparse.ArgumentParser` to add options to,
+            and the function takes what was parsed. Without it the function takes the list of
+            arguments as it stands.
+    """
+
+    def register(function):
+        COMMANDS[name] = (function, add_options)
+        return function
+
+    return register
+
+
+def _separate_options(parser):
+    parser.epilog = (
+        "Writes NAME_est1, NAME_est2, .. for each recording, one file a speaker, mono, at the rate "
+        "of the recording. What is there already is left as it is. Exit status: 0 if all is well, "
+        "1 if some recordings could not be separated, 2 if an option is wrong."
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="recordings, folders of them, or globs in quotes")
+    add("-m", "--model", metavar="MODEL", help="name, file, address or hub id of a model")
+    add("-o", "--out", default="separated", metavar="DIR", help="folder to write to (%(default)s)")
+    add("--format", default="wav", choices=("wav", "flac", "ogg"), help="default: %(default)s")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ..; a GPU by default, if there is one")
+    add("--block", type=float, default=8.0, metavar="SECONDS", help="length of the overlapping "
+        "blocks that the model gets, half of which overlaps (%(default)s)")  # fmt: skip
+    add("--batch", type=int, metavar="N", help="blocks at a time (1, on a GPU 8)")
+    add("--force", action="store_true", help="write anew what is there")
+    add("--no-mixture-consistency", action="store_true", help="leave the estimates as the model "
+        "gives them; by default they are brought to sum to the recording")  # fmt: skip
+    add("--peak", type=float, metavar="DB", help="bring the highest sample of each recording's "
+        "files to this level re full scale, such as -1; by default the gain is 1, less only where "
+        "a file would clip")  # fmt: skip
+
+
+@command("separate", _separate_options)
+def separate(options):
+    """Separates recordings of any length into one file a speaker."""
+    from .recordings import separate_all
+
+    try:
+        n_failed = separate_all(**vars(options))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the recordings that are left")
+    if n_failed:
+        sys.exit(1)
+
+
+def _info_options(parser):
+    parser.add_argument("model", metavar="MODEL", help="name, file, address or hub id of a model")
+
+
+@command("info", _info_options)
+def info(options):
+    """Tells what a model is, what it was trained on, and what it costs to run."""
+    from .inspection import describe, open_model
+
+    print(describe(*open_model(options.model)))
+
+
+def main(argv=None):
+    """Runs ``asteroid-tiny``; a `UserError` is one line on stderr and exit status 2.
+
+    Args:
+        argv (list of str, optional): What stands behind the name; that of the process by default.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="asteroid-tiny", description="Tiny-Sepformer's tools.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (function, add_options) in COMMANDS.items():
+        title = function.__doc__.strip().splitlines()[0]
+        subparser = subparsers.add_parser(name, help=title, description=title)
+        if add_options is not None:
+            add_options(subparser)
+        elif argv[:1] == [name]:
+            with exit_on_user_error():
+                return function(argv[1:])
+    options = parser.parse_args(argv)
+    function, _ = COMMANDS[options.command]
+    with exit_on_user_error():
+        function(options)
+
+
+def _publish_options(parser):
+    parser.add_argument("source", help="folder of a run, a publish folder, or any model")
+    parser.add_argument(
+        "--out", type=Path, help="publish folder to write (SOURCE/publish of a run)"
+    )
+    parser.add_argument("--name", help="name of the model")
+    parser.add_argument("--data_name", help="name of the training data")
+    parser.add_argument("--data_licence", help="licence of the training data")
+    parser.add_argument("--data_url", help="where the training data is described")
+    parser.add_argument("--data_author", help="who made the training data")
+    parser.add_argument("--licence", help="licence of the weights (cc-by-sa-3.0)")
+    parser.add_argument("--summary", type=Path, help="metrics: results/summary.json of a stage 3")
+    parser.add_argument("--command", dest="made_by", help="the command that made the metrics")
+    parser.add_argument("--half", action="store_true", help="store weights in 16 bits, if they can")
+    parser.add_argument("--zoo", action="store_true", help="add it to the models of this package")
+    parser.add_argument("--push", metavar="USER/REPO", help="upload it to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+@command("publish", _publish_options)
+def publish(options):
+    """Writes a model with its model card for others, and uploads it if asked."""
+    from . import publish as publishing
+
+    folder = Path(options.source)
+    if not publishing.is_published(folder):
+        folder = _publish_run(options) if (folder / "conf.yml").exists() else _publish_any(options)
+        print(f"publish folder: {folder}")
+    if options.zoo:
+        print(f"packaged model: {publishing.add_to_zoo(folder)}")
+    if options.push:
+        print(f"on the hub: {publishing.push(folder, options.push, options.private)}")
+
+
+def _publish_run(options):
+    from .config import PUBLICATION, read_conf
+    from .recipe import publish_model
+
+    settings = read_conf(Path(options.source) / "conf.yml")
+    given = {key: getattr(options, key) for key in PUBLICATION if getattr(options, key)}
+    about = {"name": options.name} if options.name else {}
+    return publish_model(options.source, settings, options.out, given, **about)
+
+
+def _publish_any(options):
+    from .models import Sepformer, from_pretrained
+    from .publish import publish, read_summary
+    from .speechbrain import is_speechbrain
+
+    for key in ("out", "name", "summary"):
+        if getattr(options, key) is None:
+            raise UserError(f"a model that is no run of a recipe is published with --{key}")
+    load = Sepformer.from_speechbrain if is_speechbrain(options.source) else from_pretrained
+    keys = ("name", "data_name", "data_licence", "data_url", "data_author")
+    about = {key: getattr(options, key) for key in keys}
+    about |= {"licence": options.licence or "cc-by-sa-3.0", "command": options.made_by}
+    about["summary"] = read_summary(options.summary)
+    return publish(load(options.source), options.out, about, options.half)
+
+
+@command("infer")
+def infer(argv):
+    """Separates files with asteroid-infer's options, for models of Asteroid and of this package."""
+    from types import SimpleNamespace
+
+    from asteroid.scripts import asteroid_cli
+
+    theirs = asteroid_cli.BaseModel
+    asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)  # all else is left to it
+    try:
+        asteroid_cli.infer(argv)
+    except (RuntimeError, OSError) as error:  # of audio files
+        raise UserError(" ".join(str(error).split())) from None
+    finally:
+        asteroid_cli.BaseModel = theirs
+
+
+def _load_any(pretrained_model_conf_or_path):
+    """A model of this package or of Asteroid, with nothing in its file run."""
+    from asteroid.models import BaseModel
+    from asteroid.utils.hub_utils import MODELS_URLS_HASHTABLE, SR_HASHTABLE
+
+    from . import models, weights
+    from .hub import locate
+
+    name = pretrained_model_conf_or_path
+    stored = weights.open_stored(locate(MODELS_URLS_HASHTABLE.get(name, name)))
+    if hasattr(models, stored.model_name):
+        return models.from_pretrained(Path(stored.where))
+    conf = {
+        "model_name": stored.model_name,
+        "model_args": {"sample_rate": SR_HASHTABLE.get(name), **stored.model_args},
+        "state_dict": {key: stored.read(key) for key in stored.shapes},
+    }
+    try:
+        return BaseModel.from_pretrained(conf)
+    except Exception as error:  # arguments and weights of strangers raise anything
+        raise UserError(f"{name} is no model of Asteroid: {' '.join(str(error).split())}") from None
+
+
+if __name__ == "__main__":
+    main()
