@@ -121,6 +121,7 @@ def open_list(exp_dir, settings, split):
 
 def train_model(exp_dir, settings):
     """Stage 2: trains the model, or continues to."""
+    from .report import write_curves
     from .training import train  # late: Lightning takes seconds to import
 
     exp_dir = Path(exp_dir)
@@ -133,6 +134,7 @@ def train_model(exp_dir, settings):
     speech, valid = open_split(exp_dir, settings, "train"), open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
+    write_curves(exp_dir)
     on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
     outcome["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
@@ -146,6 +148,7 @@ def train_model(exp_dir, settings):
 def evaluate_model(exp_dir, settings):
     """Stage 3: evaluates the model on the test list, writes results and prints the table."""
     from .evaluation import evaluate
+    from .report import training_curves, write_report
     from .summary import format_table
 
     exp_dir = Path(exp_dir)
@@ -166,7 +169,10 @@ def evaluate_model(exp_dir, settings):
         )
     print(f"\n{format_table(summary)}\n")
     print(training_cost(exp_dir, settings))
-    print(f"\n  metrics, summary and examples: {results}")
+    credits = exp_dir.resolve().parents[1] / settings["speech"] / "CREDITS.txt"
+    credits = credits.read_text(encoding="utf-8") if credits.exists() else ""
+    page = write_report(results, exp_dir.name, credits, training_curves(exp_dir))
+    print(f"\n  metrics, summary and examples: {results}\n  to see and hear: {page}")
 
 
 def training_cost(exp_dir, settings):
