@@ -38,9 +38,9 @@ def open_model(name=None):
 
 
 def speech_of(about):
-    """What kind of speech a model was made for, in words, from what is told about it."""
+    """What kind of speech a model was trained on, from what is told about it (str), or None."""
     data = about.get("training", {}).get("data", {})
-    return data.get("name") or about.get("dataset") or "speech that its file does not name"
+    return data.get("name") or about.get("dataset")
 
 
 def describe(model, about):
@@ -74,7 +74,7 @@ def describe(model, about):
         "operations": f"{macs / 1e9:.2f} GMAC a second of audio",
         "memory": f"{peak_memory(model, MEMORY_SECONDS) / 1e6:.0f} MB of tensors for "
         f"{MEMORY_SECONDS} s of audio, {4 * n_parameters / 1e6:.0f} MB of weights",
-        "trained on": speech_of(about),
+        "trained on": speech_of(about) or "not told",
         "licence": about.get("licence") or "not told",
         "metrics": ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "not told",
     }

@@ -55,10 +55,11 @@ def separate_all(
         raise UserError(f"--peak {peak:g} dB is above full scale; give 0 or less")
     network, about = open_model(model)
     network.to(device)
+    speech = speech_of(about)
+    trained = f"trained on {speech}" if speech else "trained on speech it does not name"
     print(
         f"{model or DEFAULT} was made for {network.masker.n_src} speakers at "
-        f"{network.sample_rate:g} Hz and trained on {speech_of(about)}; do not expect as much of "
-        "other speech"
+        f"{network.sample_rate:g} Hz, {trained}; expect less of other recordings"
     )
     options = {
         "block": block,
