@@ -31,6 +31,54 @@ def command(name, add_options=None):
     return register
 
 
+def _separate_options(parser):
+    parser.epilog = (
+        "Writes NAME_est1, NAME_est2, .. for each recording, one file a speaker, mono, at the rate "
+        "of the recording. What is there already is left as it is. Exit status: 0 if all is well, "
+        "1 if some recordings could not be separated, 2 if an option is wrong."
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="recordings, folders of them, or globs in quotes")
+    add("-m", "--model", metavar="MODEL", help="name, file, address or hub id of a model")
+    add("-o", "--out", default="separated", metavar="DIR", help="folder to write to (%(default)s)")
+    add("--format", default="wav", choices=("wav", "flac", "ogg"), help="default: %(default)s")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ..; a GPU by default, if there is one")
+    add("--block", type=float, default=8.0, metavar="SECONDS", help="length of the overlapping "
+        "blocks that the model gets, half of which overlaps (%(default)s)")  # fmt: skip
+    add("--batch", type=int, metavar="N", help="blocks at a time (1, on a GPU 8)")
+    add("--force", action="store_true", help="write anew what is there")
+    add("--no-mixture-consistency", action="store_true", help="leave the estimates as the model "
+        "gives them; by default they are brought to sum to the recording")  # fmt: skip
+    add("--peak", type=float, metavar="DB", help="bring the highest sample of each recording's "
+        "files to this level re full scale, such as -1; by default the gain is 1, less only where "
+        "a file would clip")  # fmt: skip
+
+
+@command("separate", _separate_options)
+def separate(options):
+    """Separates recordings of any length into one file a speaker."""
+    from .recordings import separate_all
+
+    try:
+        n_failed = separate_all(**vars(options))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the recordings that are left")
+    if n_failed:
+        sys.exit(1)
+
+
+def _info_options(parser):
+    parser.add_argument("model", metavar="MODEL", help="name, file, address or hub id of a model")
+
+
+@command("info", _info_options)
+def info(options):
+    """Tells what a model is, what it was trained on, and what it costs to run."""
+    from .inspection import describe, open_model
+
+    print(describe(*open_model(options.model)))
+
+
 def main(argv=None):
     """Runs ``asteroid-tiny``; a `UserError` is one line on stderr and exit status 2.
 
@@ -52,6 +100,86 @@ def main(argv=None):
     function, _ = COMMANDS[options.command]
     with exit_on_user_error():
         function(options)
+
+
+def _check_options(parser):
+    parser.epilog = "Exit status: 0 if all is well, 1 if something was found."
+    add = parser.add_argument
+    add("path", metavar="DIR_OR_LIST", type=Path, help="Kaldi data dir, a folder of those of "
+        "train, valid and test, or a mixture list (CSV)")  # fmt: skip
+    add("--speech", metavar="DIR", help="of a list: the data dir of its utterances")
+    add("--noise", metavar="DIR", help="of a list: the data dir of its noises")
+    add("--sample_rate", type=int, metavar="HZ", help="rate that is needed (that of most files)")
+    add("--shortest", type=float, default=0.0, metavar="SECONDS", help="report shorter utterances")
+
+
+@command("check", _check_options)
+def check(options):
+    """Finds what is wrong with speech or a mixture list before a training does."""
+    from .data.check import check_list, check_speech, format_findings
+
+    if options.path.is_dir():
+        findings = check_speech(options.path, options.sample_rate, options.shortest)
+    elif options.speech is None:
+        raise UserError(f"{options.path} is no folder; for a mixture list give --speech, too")
+    else:
+        findings = check_list(options.path, options.speech, options.noise)
+    print(format_findings(findings) or "nothing found")
+    if findings:
+        sys.exit(1)
+
+
+def _evaluate_options(parser):
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="name, file, address or hub id of a model, or an ONNX file")
+    add("speech", metavar="DIR", help="Kaldi data dir of speakers whom the model never heard")
+    add("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add("-n", "--n_mixtures", type=int, default=300, metavar="N", help="mixtures (%(default)s)")
+    add("--speakers", default="*", metavar="PATTERN", help="only speakers such as 'so*'")
+    add("--seed", type=int, default=202, help="of the mixtures (%(default)s)")
+    add("--segment", type=float, default=4.0, metavar="SECONDS", help="length (%(default)s)")
+    add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+
+
+@command("evaluate", _evaluate_options)
+def evaluate(options):
+    """Measures a model on mixtures of unseen speakers: SI-SDR, BSS-eval, STOI, a page to listen."""
+    from .data import MixtureList, SpeechDir, draw_list, write_list
+    from .evaluation import evaluate
+    from .inspection import open_model
+    from .report import write_report
+    from .summary import format_table
+
+    model, _ = open_model(options.model)
+    rate = round(model.sample_rate)
+    speech = SpeechDir(options.speech, rate, convert=True).of(options.speakers)
+    length = round(options.segment * rate)
+    mixtures = draw_list(speech, options.n_mixtures, model.n_src, length, options.seed)
+    write_list(options.out / "list.csv", mixtures, rate)
+    results = options.out / "results"
+    summary = evaluate(
+        model, MixtureList(speech, options.out / "list.csv"), results, options.device
+    )
+    print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
+
+
+def _export_options(parser):
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="name, file, address or hub id of a model")
+    add("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
+    add("--format", default="onnx", choices=("onnx",), help="(%(default)s)")
+    add("--quantize", choices=("int8",), help="weights of 8 bits, if the estimates stay close")
+
+
+@command("export", _export_options)
+def export(options):
+    """Writes a model as an ONNX file, once it is seen to agree with the model."""
+    from . import from_pretrained
+    from .export import export_onnx
+
+    done = export_onnx(from_pretrained(options.model), options.out, options.quantize)
+    told = ", ".join(f"{key} {value:.3g}" for key, value in done.items() if key != "bytes")
+    print(f"{options.out}: {done['bytes'] / 1e6:.2f} MB, {told}")
 
 
 def _publish_options(parser):

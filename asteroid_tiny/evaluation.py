@@ -31,6 +31,7 @@ from .files import reason, whole_file, whole_folder
 from .summary import METRICS, summarise
 
 SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
+N_RANDOM = 2  # examples beside the worst, the median and the best mixture
 BSS_TAPS = 512  # of the filters that BSS-eval fits, one for each source
 
 
@@ -46,7 +47,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         device (str): Where the model runs.
         n_workers (int, optional): Processes for the metrics: as many as usable cores by default,
             0 for none. A script that uses them needs `if __name__ == "__main__":`.
-        seed (int): Of the bootstrap.
+        seed (int): Of the bootstrap, and of the examples that are drawn at random.
 
     Returns:
         dict: The summary, see `summarise`.
@@ -73,7 +74,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         table = _measure_all(model, dataset, device, n_workers)
         examples = {
             f"{rank}_{table.mixture_id[i]}": separate(model, dataset, i, device)
-            for rank, i in _ranks(table.si_sdr_i)
+            for rank, i in _ranks(table.si_sdr_i, seed)
         }
     finally:
         model.train(was_training)
@@ -234,11 +235,14 @@ def _n_usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _ranks(improvements):
-    """Which mixture is the worst, the median and the best, of those that could be measured."""
+def _ranks(improvements, seed):
+    """The worst, the median and the best mixture of those that could be measured, and others."""
     order = improvements.dropna().sort_values(kind="stable").index
     if len(order):
         yield from (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1]))
+        others = np.setdiff1d(order, order[[0, len(order) // 2, -1]])
+        chosen = np.random.default_rng(seed).permutation(others)[:N_RANDOM]
+        yield from ((f"random{k}", i) for k, i in enumerate(chosen, start=1))
 
 
 def _write_example(folder, sample_rate, mixture, sources, estimates):

@@ -58,6 +58,11 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         fb_name = getattr(args["fb_name"], "__name__", args["fb_name"])  # a class by its name
         self._model_args = {**args, **fb_kwargs, "fb_name": fb_name}
 
+    @property
+    def n_src(self):
+        """Number of sources (int)."""
+        return self.masker.n_src
+
     @classmethod
     def from_preset(cls, name, n_src=2, sample_rate=8000, **overrides):
         """An untrained model of a size that has a name.

@@ -222,6 +222,7 @@ def open_list(exp_dir, settings, split):
 
 def train_model(exp_dir, settings):
     """Stage 2: trains the model, or continues to."""
+    from .report import write_curves
     from .training import train  # late: Lightning takes seconds to import
 
     exp_dir = Path(exp_dir)
@@ -240,6 +241,7 @@ def train_model(exp_dir, settings):
     outcome = train(model, speech, valid, exp_dir, settings)
     if outcome is None:  # the first process does the rest
         return
+    write_curves(exp_dir)
     outcome["device"] = torch.cuda.get_device_name() if on_gpu(settings) else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
     with whole_file(exp_dir / "training.json") as part:
@@ -268,6 +270,7 @@ def copy_weights(model, name_or_path):
 def evaluate_model(exp_dir, settings):
     """Stage 3: evaluates the model on the test list, writes results and prints the table."""
     from .evaluation import evaluate
+    from .report import training_curves, write_report
     from .summary import format_table
 
     exp_dir = Path(exp_dir)
@@ -288,7 +291,10 @@ def evaluate_model(exp_dir, settings):
     print(f"\n{format_table(summary)}\n")
     compare_packaged(exp_dir, settings)
     print(training_cost(exp_dir, settings, build_model(settings)))
-    print(f"\n  metrics, summary and examples: {results}")
+    credits = exp_dir.resolve().parents[1] / settings["speech"] / "CREDITS.txt"
+    credits = credits.read_text(encoding="utf-8") if credits.exists() else ""
+    page = write_report(results, exp_dir.name, credits, training_curves(exp_dir))
+    print(f"\n  metrics, summary and examples: {results}\n  to see and hear: {page}")
 
 
 def compare_packaged(exp_dir, settings):

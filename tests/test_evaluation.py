@@ -177,6 +177,8 @@ def test_examples_are_what_they_claim(dataset, done):
     table = pd.read_csv(done[0] / "metrics.csv").set_index("mixture_id").si_sdr_i.sort_values()
     folders = {f.name.split("_")[0]: f for f in (done[0] / "examples").iterdir()}
     wanted = {"worst": table.index[0], "median": table.index[3], "best": table.index[5]}
+    others = {folders.pop(f"random{k}").name.split("_", 1)[1] for k in (1, 2)}
+    assert others < {f"mix_{i}" for i in range(6)} - {f.name[-5:] for f in folders.values()}
     assert {k: f.name for k, f in folders.items()} == {
         k: f"{k}_{name}".replace("/", "_") for k, name in wanted.items()
     }

@@ -99,6 +99,8 @@ def test_stages_from_speech_to_results(tag):
     assert summary["n_mixtures"] == 6 and summary["n_speakers"] == 4
     wav, rate = sf.read(next(exp.glob("results/examples/best_*/estimate_1.wav")))
     assert rate == 8000 and len(wav) == 16000 and wav.any()
+    assert "ammdomus.it" in (exp / "results" / "report.html").read_text()
+    assert "polyline" in (exp / "training.svg").read_text()
     model = TinySepformer.from_pretrained(exp / "best_model.pth")
     assert model.separate(torch.randn(1, 8000)).shape == (1, 2, 8000)
     assert json.loads((exp / "training.json").read_text())["steps"] == 30

@@ -13,6 +13,8 @@ Without `segments` each recording is one utterance. Commands in wav.scp (``... |
 """
 
 import collections
+import copy
+import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +97,19 @@ class SpeechDir:
         if len(samples) != length:
             raise UserError(f"{wav} is shorter than it was when {self.path} was made; make it anew")
         return samples
+
+    def of(self, pattern):
+        """The same with those speakers alone whose names match a pattern, such as ``"a*"``.
+
+        Raises:
+            UserError: If there is none.
+        """
+        some = copy.copy(self)
+        matching = set(fnmatch.filter(self.by_speaker, pattern))
+        if not matching:
+            raise UserError(f"{self.path} has no speaker {pattern!r}")
+        some.by_speaker = {k: v for k, v in self.by_speaker.items() if k in matching}
+        return some
 
     def minutes(self):
         """Speech in minutes, by the lengths of the utterances (float)."""

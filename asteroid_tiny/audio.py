@@ -1,0 +1,217 @@
+"""Audio files of any kind and length, read and written a second at a time.
+
+`soundfile` reads what it can; the rest goes through `ffmpeg`, if that is installed. Sample rates
+are converted by soxr as a stream.
+"""
+
+import contextlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from .errors import UserError
+from .files import reason, whole_file
+
+#: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
+FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
+#: Endings that a folder is searched for, beside those of soundfile: what ffmpeg often reads.
+FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
+FULL_SCALE = 0.9999  # of 16 bits, rounding included
+AU_HEADER = 24  # bytes
+
+
+class Recording:
+    """A recording that is open for reading.
+
+    Attributes:
+        sample_rate (int): In Hz.
+        n_channels (int): Channels, which are averaged.
+        n_samples (int or None): Samples, if known before they are read.
+        n_read (int): Samples that were read so far.
+    """
+
+    def __init__(self, sample_rate, n_channels, n_samples, blocks):
+        self.sample_rate = sample_rate
+        self.n_channels = n_channels
+        self.n_samples = n_samples
+        self.n_read = 0
+        self._blocks = blocks
+
+    def pieces(self):
+        """Yields the mean of the channels, a second or less at a time (numpy.ndarray)."""
+        for block in self._blocks:
+            self.n_read += len(block)
+            yield block.mean(axis=1)
+
+
+@contextlib.contextmanager
+def open_recording(path):
+    """Opens an audio file.
+
+    Args:
+        path (str or Path): Anything that soundfile or, where installed, ffmpeg reads.
+
+    Yields:
+        Recording: The recording.
+
+    Raises:
+        UserError: If the file is missing, or holds nothing that can be read.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        with _through_ffmpeg(path, error) as recording:
+            yield recording
+        return
+    with file:
+        blocks = file.blocks(file.samplerate, dtype="float32", always_2d=True)
+        yield Recording(file.samplerate, file.channels, file.frames, _told(blocks, path))
+
+
+def _told(blocks, path):
+    try:
+        yield from blocks
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path} is damaged: {error.error_string}") from None
+
+
+@contextlib.contextmanager
+def _through_ffmpeg(path, error):
+    """As `open_recording`, by ffmpeg, which sends an AU file: raw floats after a short header."""
+    if shutil.which("ffmpeg") is None:
+        raise UserError(
+            f"{path} cannot be read ({error.error_string.strip(' .')}); install ffmpeg for formats "
+            "that soundfile does not know"
+        )
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vn"]
+    command += ["-f", "au", "-c:a", "pcm_f32be", "-"]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        try:
+            header = process.stdout.read(AU_HEADER)
+            if len(header) == AU_HEADER:
+                _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
+                process.stdout.read(start - AU_HEADER)
+                blocks = _floats(process, rate, n_channels)
+                yield Recording(rate, n_channels, None, blocks)
+            if process.wait() != 0 or len(header) < AU_HEADER:
+                errors.seek(0)
+                told = errors.read().decode(errors="replace").strip().splitlines() or [""]
+                told = told[-1].rpartition("] ")[2].rpartition(": ")[2]
+                raise UserError(f"{path} cannot be read: {told or 'it holds no sound'} (ffmpeg)")
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def _floats(process, rate, n_channels):
+    while data := process.stdout.read(4 * rate * n_channels):
+        whole = len(data) // (4 * n_channels) * n_channels
+        yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
+
+
+def resample(pieces, rate, new_rate):
+    """Converts the sample rate of a stream.
+
+    Args:
+        pieces (iterable of numpy.ndarray): (time,) or (time, n_channels) each.
+        rate (float): Their sample rate.
+        new_rate (float): That of what is yielded.
+
+    Yields:
+        numpy.ndarray: (time,) or (time, n_channels).
+    """
+    if rate == new_rate:
+        yield from pieces
+        return
+    stream = None
+    for piece in pieces:
+        if stream is None:
+            n_channels = 1 if piece.ndim == 1 else piece.shape[1]
+            stream = soxr.ResampleStream(rate, new_rate, n_channels)
+            rest = piece[:0]
+        yield stream.resample_chunk(np.ascontiguousarray(piece))
+    if stream is not None:
+        yield stream.resample_chunk(rest, last=True)
+
+
+def fit(pieces, n_samples):
+    """Cuts a stream, or fills it with zeros, to a number of samples.
+
+    Examples:
+        >>> np.concatenate(list(fit([np.ones(3), np.ones(2)], 4))).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+        >>> np.concatenate(list(fit([np.ones((1, 2))], 2))).tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+    piece = np.zeros(0, np.float32)
+    for piece in pieces:
+        yield piece[:n_samples]
+        n_samples -= len(piece[:n_samples])
+    if n_samples > 0:
+        yield np.zeros((n_samples, *piece.shape[1:]), piece.dtype)
+
+
+def write_tracks(targets, make_pieces, sample_rate, peak=None):
+    """Writes files of one length with one gain: all of them whole, or none.
+
+    Args:
+        targets (list of Path): Files; their suffixes are in `FORMATS`.
+        make_pieces (callable): Gives the samples as an iterable of (time, n_files), twice alike.
+        sample_rate (int): In Hz.
+        peak (float, optional): Level in dB re full scale to which the highest sample is brought;
+            by default the gain is 1, or what avoids clipping.
+
+    Returns:
+        float: The gain.
+
+    Raises:
+        UserError: If a file cannot be written.
+    """
+    highest = max((float(np.abs(piece).max(initial=0)) for piece in make_pieces()), default=0.0)
+    gain = min(1.0, FULL_SCALE / max(highest, 1e-9))
+    if peak is not None and highest > 0:
+        gain = min(10 ** (peak / 20), FULL_SCALE) / highest
+    with contextlib.ExitStack() as stack:
+        files = []
+        for target in targets:
+            part = stack.enter_context(whole_file(target))
+            files.append(stack.enter_context(_create(part, target, sample_rate)))
+        for piece in make_pieces():
+            for file, track in zip(files, (gain * piece).T):
+                try:
+                    file.write(track)
+                except soundfile.LibsndfileError as error:
+                    raise UserError(f"{target} could not be written: {error}") from None
+        for file in files:
+            file.close()  # before the first of them takes its place
+    return gain
+
+
+def _create(part, target, sample_rate):
+    name = target.suffix.lstrip(".").lower()
+    try:
+        return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=name.upper())
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{target} could not be written: {error.error_string}") from None
+
+
+@contextlib.contextmanager
+def scratch(folder):
+    """A nameless file in a folder, which leaves nothing behind however the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {reason(error)}") from None
+    with file:
+        yield file

@@ -1,0 +1,123 @@
+"""What a stored model is: opened by name, described in a few lines, measured in memory."""
+
+import json
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .cost import count_macs
+from .export import OnnxSeparator
+from .hub import locate
+from .models import from_pretrained
+from .weights import open_stored
+
+DEFAULT = "tiny-sepformer-xs_2spk_8k"
+MEMORY_SECONDS = 4
+
+
+def open_model(name=None):
+    """The model of a name, in eval mode, and what is told about it.
+
+    Args:
+        name (str, optional): As `from_pretrained` takes it, or an ONNX file; `DEFAULT` if None.
+
+    Returns:
+        tuple: Model, and dict.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    name = name or DEFAULT
+    if Path(name).suffix == ".onnx":
+        return OnnxSeparator(name), {}
+    path = locate(name)
+    return from_pretrained(path).eval(), open_stored(path).infos
+
+
+def speech_of(about):
+    """What kind of speech a model was trained on, from what is told about it (str), or None."""
+    data = about.get("training", {}).get("data", {})
+    return data.get("name") or about.get("dataset")
+
+
+def describe(model, about):
+    """A few lines for people.
+
+    Args:
+        model (Sepformer or TinySepformer): The model.
+        about (dict): What is told about it; plain data.
+
+    Returns:
+        str: The lines.
+
+    Examples:
+        >>> from asteroid_tiny import TinySepformer
+        >>> print(describe(TinySepformer.from_preset("tiny-sepformer-xs"), {}).splitlines()[1])
+        sources        2, at 8000 Hz
+    """
+    args, masker = model.get_model_args(), model.masker
+    rate = model.sample_rate
+    n_parameters = sum(p.numel() for p in model.parameters())
+    frame = args["kernel_size"] / rate * 1000
+    chunk = ((masker.chunk_size - 1) * args["stride"] + args["kernel_size"]) / rate
+    with torch.device("meta"):
+        macs = count_macs(type(model)(**args))
+    metrics = {k: v for k, v in about.get("metrics", {}).items() if isinstance(v, (int, float))}
+    lines = {
+        "model": f"{type(model).__name__}, {n_parameters:,} parameters",
+        "sources": f"{masker.n_src}, at {rate:g} Hz",
+        "frames": f"{frame:g} ms every {args['stride'] / rate * 1000:g} ms",
+        "chunks": f"{chunk:.2f} s; attention across chunks sees all that it is given",
+        "operations": f"{macs / 1e9:.2f} GMAC a second of audio",
+        "memory": f"{peak_memory(model, MEMORY_SECONDS) / 1e6:.0f} MB of tensors for "
+        f"{MEMORY_SECONDS} s of audio, {4 * n_parameters / 1e6:.0f} MB of weights",
+        "trained on": speech_of(about) or "not told",
+        "licence": about.get("licence") or "not told",
+        "metrics": ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "not told",
+    }
+    rest = {k: v for k, v in about.items() if k not in ("training", "metrics", "licence")}
+    if rest:
+        lines["also told"] = json.dumps(rest, default=str)
+    return "\n".join(f"{name:14} {text}" for name, text in lines.items())
+
+
+def peak_memory(model, seconds):
+    """The most bytes of tensors, weights aside, that one separation holds at a time.
+
+    Counted on the CPU from what each operation returns; what it needs inside is not seen.
+
+    Args:
+        model (torch.nn.Module): With a `sample_rate`.
+        seconds (float): Length of the mixture.
+    """
+    device = next(model.parameters()).device
+    mixture = torch.zeros(1, round(seconds * model.sample_rate), device=device)
+    with torch.inference_mode(), _Memory() as memory:
+        model(mixture)
+    return memory.peak
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the tensors that operations make, until they are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak, self.alive = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        old = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        returned = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(returned):
+            storage = tensor.untyped_storage() if torch.is_tensor(tensor) else None
+            if storage is not None and storage not in old and storage not in self.alive:
+                self.alive.add(storage)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return returned
+
+    def _free(self, n_bytes):
+        self.held -= n_bytes

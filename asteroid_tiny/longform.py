@@ -1,0 +1,249 @@
+"""Recordings of any length: block by block, in bounded memory, each speaker in one place.
+
+Blocks overlap. Every sample is the mean of what the blocks around it say, weighted by a Hann window
+over each block and divided by the sum of the windows, so that any hop gives the right level. Which
+output of a block is which speaker is up to `tracking`.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .audio import fit, open_recording, resample, scratch, write_tracks
+from .errors import UserError
+from .files import reason
+from .tracking import SpeakerTracker
+
+BLOCK, OVERLAP = 8.0, 4.0  # s
+
+
+def separate_stream(
+    model,
+    pieces,
+    block=BLOCK,
+    overlap=OVERLAP,
+    batch_size=1,
+    mixture_consistency=True,
+    memory=True,
+):
+    """Separates a recording that comes and goes in pieces.
+
+    Args:
+        model (callable): (batch, time) -> (batch, n_src, time), with a `sample_rate`; on its
+            device and in eval mode.
+        pieces (iterable of numpy.ndarray): The recording, (time,) each, of any lengths.
+        block (float): Length of a block in seconds.
+        overlap (float): Overlap of two blocks in seconds, shorter than the block.
+        batch_size (int): Blocks that the model gets at a time.
+        mixture_consistency (bool): Whether the outputs are brought to sum to the recording, see
+            `make_consistent`.
+        memory (bool): Whether voices are remembered, see `SpeakerTracker`.
+
+    Yields:
+        numpy.ndarray: (n_src, time) float32, in all as many samples as the recording. A recording
+        that fits in one block is separated as the model does it.
+
+    Raises:
+        UserError: If samples are not finite, or the overlap does not fit the block.
+    """
+    size = round(block * model.sample_rate)
+    hop = size - round(overlap * model.sample_rate)
+    if not 0 < hop <= size:
+        raise UserError(
+            f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
+            f"longer than {max(overlap, 0):g} s"
+        )
+    tracker, joined = None, None
+    for start, mixture, estimates in _separate_blocks(model, cut(pieces, size, hop), batch_size):
+        if mixture_consistency:
+            estimates = make_consistent(estimates, mixture)
+        if tracker is None:
+            tracker = SpeakerTracker(len(estimates), model.sample_rate, memory)
+            joined = _Join(len(estimates))
+        yield joined.take(until=start)
+        order = tracker.order(estimates, joined.so_far())
+        joined.add(estimates[order])
+    if joined is not None:
+        yield joined.take()
+
+
+def separate_long(model, mixture, **options):
+    """Separates a recording that is in memory; see `separate_stream`.
+
+    Args:
+        model (callable): See there.
+        mixture (numpy.ndarray): (time,)
+        **options: See there.
+
+    Returns:
+        numpy.ndarray: (n_src, time) float32.
+
+    Examples:
+        >>> from asteroid_tiny import TinySepformer
+        >>> model = TinySepformer.from_preset("tiny-sepformer-xs").eval()
+        >>> separate_long(model, np.random.randn(20000), block=1.0, overlap=0.3).shape
+        (2, 20000)
+    """
+    parts = list(separate_stream(model, [np.asarray(mixture, np.float32)], **options))
+    if not parts:
+        raise UserError("there is nothing to separate: the recording holds no samples")
+    return np.concatenate(parts, axis=1)
+
+
+def cut(pieces, size, hop):
+    """Cuts a stream into blocks; the last one ends with the stream and is as long as the others.
+
+    Args:
+        pieces (iterable of numpy.ndarray): The stream, (time,) each.
+        size (int): Samples of a block; a shorter stream is one shorter block.
+        hop (int): Samples from one start to the next, at most `size`; fewer to the last.
+
+    Yields:
+        tuple: Start, and block (numpy.ndarray).
+
+    Examples:
+        >>> list(cut([np.arange(5), np.arange(5, 7)], size=4, hop=2))
+        [(0, array([0, 1, 2, 3])), (2, array([2, 3, 4, 5])), (3, array([3, 4, 5, 6]))]
+    """
+    held, start, last = np.zeros(0, np.float32), 0, None
+    for piece in pieces:
+        held = np.concatenate([held, piece]) if len(held) else piece
+        while len(held) > size:
+            last = held[:size]
+            yield start, last
+            held, start = held[hop:], start + hop
+    if last is not None:
+        block = np.concatenate([last[:hop], held])[-size:]
+        yield start + len(held) - size, block
+    elif len(held):
+        yield 0, held
+
+
+def make_consistent(estimates, mixture):
+    """Brings estimates to sum to their mixture, moving each as little as possible.
+
+    Training on SI-SDR leaves the scale open (estimates five times too loud were seen), so first all
+    get the gain with which their sum fits best. What is still missing is shared equally (S. Wisdom
+    et al., "Differentiable consistency constraints for improved deep speech enhancement", ICASSP
+    2019).
+
+    Args:
+        estimates (numpy.ndarray): (n_src, time)
+        mixture (numpy.ndarray): (time,)
+
+    Returns:
+        numpy.ndarray: (n_src, time), whose sum is the mixture.
+
+    Examples:
+        >>> sources = np.random.default_rng(0).normal(size=(2, 8000))
+        >>> np.allclose(make_consistent(5 * sources, sources.sum(0)), sources)
+        True
+    """
+    total = estimates.sum(0)
+    gain = max(float(total @ mixture), 0.0) / (float(total @ total) + 1e-12)
+    return gain * estimates + (mixture - gain * total) / len(estimates)
+
+
+def _separate_blocks(model, blocks, batch_size):
+    """Yields (start, mixture, estimates) of all blocks."""
+    device = next(iter(getattr(model, "parameters", list)()), torch.empty(0)).device
+    for batch in _batches(blocks, batch_size):
+        mixtures = np.stack([mixture for _, mixture in batch])
+        if not np.isfinite(mixtures).all():
+            raise UserError("the recording holds samples that are NaN or infinite")
+        with torch.inference_mode():
+            estimates = model(torch.from_numpy(mixtures).to(device)).float().cpu().numpy()
+        if not np.isfinite(estimates).all():
+            raise UserError("the model gives samples that are NaN or infinite")
+        for (start, mixture), estimate in zip(batch, estimates):
+            yield start, mixture, estimate
+
+
+def _batches(items, size):
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+class _Join:
+    """Joins overlapping blocks: holds what later blocks may still change."""
+
+    def __init__(self, n_src):
+        self.total = np.zeros((n_src, 0), np.float32)
+        self.weight = np.zeros(0, np.float32)
+        self.start = 0
+
+    def so_far(self):
+        """What the next block, which begins where this does, overlaps with, or None."""
+        return self.total / self.weight if len(self.weight) else None
+
+    def add(self, block):
+        """Adds a block that begins where this does, and is at least as long."""
+        n = block.shape[1]
+        window = np.sin(np.pi * (np.arange(n, dtype=np.float32) + 0.5) / n) ** 2  # above zero
+        missing = n - len(self.weight)
+        self.total = np.pad(self.total, ((0, 0), (0, missing))) + window * block
+        self.weight = np.pad(self.weight, (0, missing)) + window
+
+    def take(self, until=None):
+        """Gives away what lies before the sample `until` of the recording, or all there is."""
+        n = len(self.weight) if until is None else until - self.start
+        done = self.total[:, :n] / self.weight[:n]
+        self.total, self.weight, self.start = self.total[:, n:], self.weight[n:], self.start + n
+        return done
+
+
+def separate_file(model, path, targets, peak=None, progress=None, **options):
+    """Separates an audio file into one file a speaker, at the rate of the recording.
+
+    Args:
+        model (callable): See `separate_stream`.
+        path (str or Path): The recording; its channels are averaged.
+        targets (list of Path): Files to write, one a speaker, replaced if they are there.
+        peak (float, optional): See `audio.write_tracks`.
+        progress (callable, optional): Told the seconds that were just done, and the length in
+            seconds or None.
+        **options: See `separate_stream`.
+
+    Returns:
+        dict: `seconds`, `n_channels`, `sample_rate` of the recording; `gain` of what was written.
+
+    Raises:
+        UserError: If the recording cannot be read, or the files cannot be written.
+    """
+    rate = model.sample_rate
+    with open_recording(path) as recording, scratch(Path(targets[0]).parent) as store:
+        pieces = resample(recording.pieces(), recording.sample_rate, rate)
+        total = recording.n_samples and recording.n_samples / recording.sample_rate
+        for estimates in separate_stream(model, pieces, **options):
+            if len(estimates) != len(targets):
+                raise UserError(f"the model gives {len(estimates)} sources, not {len(targets)}")
+            _put(store, estimates.T, targets[0])
+            if progress is not None:
+                progress(estimates.shape[1] / rate, total)
+        if recording.n_read == 0:
+            raise UserError(f"{path} holds no samples")
+
+        def tracks():
+            stored = resample(_get(store, len(targets)), rate, recording.sample_rate)
+            return fit(stored, recording.n_read)
+
+        gain = write_tracks(targets, tracks, recording.sample_rate, peak)
+    seconds = recording.n_read / recording.sample_rate
+    about = {"n_channels": recording.n_channels, "sample_rate": recording.sample_rate}
+    return {"seconds": seconds, "gain": gain, **about}
+
+
+def _put(store, samples, target):
+    try:
+        store.write(samples.astype(np.float32).tobytes())
+    except OSError as error:
+        raise UserError(f"{target} could not be written: {reason(error)}") from None
+
+
+def _get(store, n_tracks, n_samples=1 << 16):
+    store.seek(0)
+    while data := store.read(4 * n_tracks * n_samples):
+        yield np.frombuffer(data, np.float32).reshape(-1, n_tracks)

@@ -1,0 +1,195 @@
+"""Small pictures for a page, without a plotting library: SVG axes with dots, bars and lines, and
+spectrograms as PNG."""
+
+import html
+import math
+import struct
+import zlib
+
+import numpy as np
+
+COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1")
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 48, 20, 14, 40  # margins around the axes
+RANGE_DB = 70.0  # of a spectrogram
+COLUMNS = 500  # of a spectrogram, about
+HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))
+
+
+class Axes:
+    """Axes to draw on.
+
+    Args:
+        xs, ys (array-like): All values that are to be seen.
+        x_label, y_label (str): Names of the axes.
+        y_names (list of str, optional): Names at 0, 1, .. of the y axis in place of numbers.
+
+    Examples:
+        >>> axes = Axes([0, 10], [0, 1], "time", "level")
+        >>> axes.line([0, 10], [0, 1], name="rising")
+        >>> axes.svg()[:4]
+        '<svg'
+    """
+
+    def __init__(self, xs, ys, x_label, y_label, y_names=None):
+        self.x_ticks, self.y_ticks = nice_ticks(xs), nice_ticks(ys)
+        self.y_names = y_names
+        if y_names:
+            self.y_ticks = [-0.6, *range(len(y_names)), len(y_names) - 0.4]
+        self.labels = x_label, y_label
+        self.marks, self.names = [], []
+
+    def _place(self, x, y):
+        x0, x1, y0, y1 = self.x_ticks[0], self.x_ticks[-1], self.y_ticks[0], self.y_ticks[-1]
+        across = LEFT + (np.asarray(x, float) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+        down = HEIGHT - BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+        return np.round(across, 1), np.round(down, 1)
+
+    def dots(self, xs, ys, titles, name=None, colour=0):
+        """Draws a dot at each place, which tells its title under the pointer."""
+        for x, y, title in zip(*self._place(xs, ys), titles):
+            self.marks.append(
+                f'<circle cx="{x}" cy="{y}" r="2.6" fill="{COLOURS[colour]}" fill-opacity=".6">'
+                f"<title>{html.escape(title)}</title></circle>"
+            )
+        self._name(name, colour)
+
+    def bars(self, edges, heights):
+        """Draws a histogram: a bar from each edge to the next."""
+        left, top = self._place(edges[:-1], heights)
+        right, bottom = self._place(edges[1:], 0 * heights)
+        for x, y, width, height in zip(left, top, right - left - 1, bottom - top):
+            self.marks.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height:.1f}" '
+                f'fill="{COLOURS[0]}"/>'
+            )
+
+    def line(self, xs, ys, name=None, colour=0, faint=False):
+        """Draws a line through the places."""
+        points = " ".join(f"{x},{y}" for x, y in zip(*self._place(xs, ys)))
+        self.marks.append(
+            f'<polyline points="{points}" fill="none" stroke="{COLOURS[colour]}" '
+            f'stroke-width="1.6" stroke-opacity="{0.45 if faint else 1}"/>'
+        )
+        self._name(name, colour)
+
+    def upright(self, x, y0, y1, title=""):
+        """Draws a thick upright stroke."""
+        (x, _), (top, bottom) = self._place([x, x], [y1, y0])
+        self.marks.append(
+            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="#222" stroke-width="2">'
+            f"<title>{html.escape(title)}</title></line>"
+        )
+
+    def _name(self, name, colour):
+        if name:
+            self.names.append((name, COLOURS[colour]))
+
+    def svg(self):
+        """The picture as text."""
+        right, low = WIDTH - RIGHT, HEIGHT - BOTTOM
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            'font-family="system-ui, sans-serif" font-size="12" fill="#333">'
+        ]
+        for tick, x in zip(self.x_ticks, self._place(self.x_ticks, 0)[0]):
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{low}" stroke="#e4e4e4"/>')
+            parts.append(f'<text x="{x}" y="{low + 15}" text-anchor="middle">{tick:g}</text>')
+        names = dict(enumerate(self.y_names)) if self.y_names else None
+        for tick, y in zip(self.y_ticks, self._place(0, self.y_ticks)[1]):
+            name = f"{tick:g}" if names is None else names.get(tick)
+            if name is not None:
+                parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
+                parts.append(
+                    f'<text x="{LEFT - 5}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>'
+                )
+        parts += self.marks
+        x_label, y_label = map(html.escape, self.labels)
+        middle = (LEFT + right) / 2
+        parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{x_label}</text>')
+        parts.append(
+            f'<text transform="translate(11 {(TOP + low) / 2}) rotate(-90)" '
+            f'text-anchor="middle">{y_label}</text>'
+        )
+        x = LEFT + 8
+        for name, colour in self.names:
+            parts.append(f'<circle cx="{x}" cy="{TOP + 8}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 8}" y="{TOP + 12}">{html.escape(name)}</text>')
+            x += 24 + 6.2 * len(name)
+        return "\n".join([*parts, "</svg>"])
+
+
+def side_by_side(pictures):
+    """One picture of several (SVG as text)."""
+    inner = "".join(
+        picture.replace("<svg ", f'<svg x="{k * WIDTH}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+        for k, picture in enumerate(pictures)
+    )
+    size = f'viewBox="0 0 {len(pictures) * WIDTH} {HEIGHT}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{inner}</svg>'
+
+
+def nice_ticks(values, n=6):
+    """Round numbers around values, about `n` of them.
+
+    Examples:
+        >>> nice_ticks([0.3, 9.4])
+        [0, 2, 4, 6, 8, 10]
+    """
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / (n - 1)
+    step = 10 ** math.floor(math.log10(raw))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def spectrogram(samples, top):
+    """A spectrogram as a PNG file.
+
+    Args:
+        samples (numpy.ndarray): (time,)
+        top (float): Level of the brightest colour in dB, see `loudest`.
+
+    Returns:
+        bytes: The file; low frequencies are below.
+    """
+    levels = _levels(samples)
+    shades = np.clip((levels - top) / RANGE_DB + 1, 0, 1) * 255
+    return _png(np.round(shades).astype(np.uint8).T[::-1])
+
+
+def loudest(signals):
+    """The highest level in the spectrograms of signals, in dB."""
+    return max(float(_levels(samples).max()) for samples in signals)
+
+
+def _levels(samples, size=256):
+    samples = np.pad(samples, (size // 2, size))
+    hop = max(32, len(samples) // COLUMNS)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::hop]
+    powers = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2
+    return 10 * np.log10(powers + 1e-10)
+
+
+def _png(pixels):
+    """An image of palette indices, (rows, columns) uint8."""
+    height, width = pixels.shape
+    anchors, shades = np.linspace(0, 255, len(HEAT)), np.arange(256)
+    palette = np.stack([np.interp(shades, anchors, channel) for channel in zip(*HEAT)], axis=1)
+    rows = np.pad(pixels, ((0, 0), (1, 0)))  # each begins with its filter, none
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", width, height, 8, 3, 0, 0, 0),
+        b"PLTE": np.round(palette).astype(np.uint8).tobytes(),
+        b"IDAT": zlib.compress(rows.tobytes(), 9),
+        b"IEND": b"",
+    }
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in chunks.items():
+        parts += [struct.pack(">I", len(data)), name, data]
+        parts.append(struct.pack(">I", zlib.crc32(name + data)))
+    return b"".join(parts)

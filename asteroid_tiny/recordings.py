@@ -1,0 +1,170 @@
+"""Separates many recordings: finds them, skips what is done, and says what became of each."""
+
+import glob
+import sys
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+from tqdm import tqdm
+
+from .audio import FFMPEG_SUFFIXES
+from .errors import UserError
+from .inspection import DEFAULT, open_model, speech_of
+from .longform import separate_file
+
+
+def separate_all(
+    files,
+    model=None,
+    out="separated",
+    format="wav",
+    device="auto",
+    block=8.0,
+    batch=None,
+    force=False,
+    no_mixture_consistency=False,
+    peak=None,
+    **_,
+):
+    """Separates recordings into files of a folder, and prints what became of each.
+
+    Args:
+        files (list of str): Recordings, folders of them, or globs.
+        model (str, optional): As `inspection.open_model` takes it.
+        out (str): The folder.
+        format (str): One of `audio.FORMATS`.
+        device (str): Where the model runs; "auto" is a GPU, if there is one.
+        block (float): Length of a block in seconds.
+        batch (int, optional): Blocks at a time.
+        force (bool): Whether files that are there are written anew.
+        no_mixture_consistency (bool): See `longform.separate_stream`.
+        peak (float, optional): See `audio.write_tracks`.
+
+    Returns:
+        int: How many recordings could not be separated.
+
+    Raises:
+        UserError: If there is no such model or device, or an option makes no sense.
+    """
+    device = _device(device)
+    if not block > 0 or (batch is not None and batch < 1):
+        raise UserError("--block must be above 0 seconds, and --batch at least 1")
+    if peak is not None and peak > 0:
+        raise UserError(f"--peak {peak:g} dB is above full scale; give 0 or less")
+    network, about = open_model(model)
+    network.to(device)
+    speech = speech_of(about)
+    trained = f"trained on {speech}" if speech else "trained on speech it does not name"
+    print(
+        f"{model or DEFAULT} was made for {network.n_src} speakers at "
+        f"{network.sample_rate:g} Hz, {trained}; expect less of other recordings"
+    )
+    options = {
+        "block": block,
+        "overlap": block / 2,
+        "batch_size": batch or (1 if device.type == "cpu" else 8),
+        "mixture_consistency": not no_mixture_consistency,
+        "peak": peak,
+    }
+    began, seconds, n_before, failed, written = time.monotonic(), 0.0, 0, [], {}
+    recordings = find_recordings(files)
+    for path in recordings:
+        targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
+        try:
+            if targets[0] in written:
+                raise UserError(
+                    f"{path} and {written[targets[0]]} would both be written to {targets[0]}; "
+                    "separate one of them into another folder (-o)"
+                )
+            written[targets[0]] = path
+            if is_done(targets, path, force):
+                n_before += 1
+                print(f"  {path}: done before")
+                continue
+            done = _separate_one(network, path, targets, options)
+        except UserError as error:
+            failed.append(path)
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        seconds += done["seconds"]
+        print(f"  {path}: {targets[0]} .. {targets[-1].name}{_notes(done)}")
+    n_done = len(recordings) - n_before - len(failed)
+    took = time.monotonic() - began
+    print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
+          f"{len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}")  # fmt: skip
+    return len(failed)
+
+
+def find_recordings(names):
+    """The files that names stand for, each once.
+
+    Args:
+        names (list of str): Files, folders (whose audio files are taken, not those of folders
+            inside), and globs. A name that is none of them stands for itself.
+
+    Returns:
+        list of Path: In the order of the names, those of one name sorted.
+    """
+    suffixes = {f".{name.lower()}" for name in (*soundfile.available_formats(), *FFMPEG_SUFFIXES)}
+    suffixes |= {".aif", ".mp3"}
+    found = []
+    for name in names:
+        if Path(name).is_dir():
+            found += sorted(p for p in Path(name).iterdir() if p.suffix.lower() in suffixes)
+        elif Path(name).exists():
+            found.append(Path(name))
+        else:
+            found += sorted(map(Path, glob.glob(name, recursive=True))) or [Path(name)]
+    return list(dict.fromkeys(found))
+
+
+def is_done(targets, path, force=False):
+    """Whether all files of a recording are there.
+
+    Raises:
+        UserError: If a file is in the way: the recording itself, or some of them without others.
+    """
+    there = [target for target in targets if target.exists()]
+    if any(target.samefile(path) for target in there if path.exists()):
+        raise UserError(f"{path} would be written over by its own output; give another folder (-o)")
+    if force or not there:
+        return False
+    if len(there) < len(targets):
+        raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
+    return True
+
+
+def _separate_one(network, path, targets, options):
+    pace = 0.1 if sys.stderr.isatty() else 15  # seconds between two looks of the bar
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+    with tqdm(desc=path.name, unit="s", mininterval=pace, delay=1, leave=False) as bar:
+
+        def progress(done, total):
+            if total is not None and bar.total is None:
+                bar.total, bar.bar_format = total, bar_format
+            bar.update(done)
+
+        return separate_file(network, path, targets, progress=progress, **options)
+
+
+def _notes(done):
+    notes = []
+    if done["n_channels"] > 1:
+        notes.append(f"the mean of its {done['n_channels']} channels was separated")
+    if done["gain"] != 1:
+        notes.append(f"gain {done['gain']:.3g}")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {told}") from None
+    return device

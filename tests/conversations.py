@@ -1,0 +1,144 @@
+"""Conversations of real speech, a separator that knows them, and how often speakers change files.
+
+`python tests/conversations.py` prints the table of the README (minutes).
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asteroid_tiny.data import SpeechDir
+from asteroid_tiny.data.mixing import same_colour
+from asteroid_tiny.longform import cut, separate_long
+
+RATE = 8000
+DATA = Path(__file__).resolve().parents[1] / "egs" / "minispeech" / "TinySepformer" / "data"
+
+
+def conversation(speech, speakers, seconds, seed=0):
+    """Turns of 1 to 8 s, pauses of 0.5 to 4 s between them, or overlaps of 0.5 to 3 s.
+
+    Args:
+        speech (SpeechDir): Where the utterances are.
+        speakers (list of str): Who talks.
+        seconds (float): Length.
+        seed (int): Seed of the draw.
+
+    Returns:
+        numpy.ndarray: Sources, (n_src, time), the speakers 0 to 5 dB apart.
+    """
+    rng = np.random.default_rng(seed)
+    voices = [_Voice(speech, speaker, rng) for speaker in speakers]
+    sources = np.zeros((len(speakers), round(seconds * RATE)), np.float32)
+    start, who = 0, 0
+    while start < sources.shape[1]:
+        samples = voices[who].talk(round(rng.uniform(1, 8) * RATE))
+        place = sources[who, start : start + len(samples)]
+        place += samples[: len(place)]
+        last, who = who, int(rng.integers(len(speakers)))
+        gap = rng.uniform(0.5, 4)
+        if who != last and rng.random() < 0.4:
+            gap = -min(rng.uniform(0.5, 3), 0.7 * len(samples) / RATE)
+        start += len(samples) + round(gap * RATE)
+    return sources * 10 ** (-rng.uniform(0, 5, (len(speakers), 1)) / 20).astype(np.float32)
+
+
+class _Voice:
+    def __init__(self, speech, speaker, rng):
+        self.speech, self.rest = speech, np.zeros(0, np.float32)
+        self.utterances = itertools.cycle(rng.permutation(speech.by_speaker[speaker]))
+
+    def talk(self, n_samples):
+        while len(self.rest) < n_samples:
+            new = self.speech.read(next(self.utterances))
+            self.rest = np.append(self.rest, new * (0.05 / np.sqrt(np.mean(new**2))))
+        now, self.rest = self.rest[:n_samples], self.rest[n_samples:]
+        return now
+
+
+class Oracle:
+    """A separator that knows the sources, and gives those of each block in a random order, with
+    leakage (12 dB below, give or take 3) and noise (40 dB below speech).
+
+    Args:
+        sources (numpy.ndarray): (n_src, time)
+        starts (iterable of int): Where the blocks begin that it will be given, in turn.
+    """
+
+    sample_rate = RATE
+
+    def __init__(self, sources, starts, seed=0):
+        self.sources, self.starts = sources, iter(starts)
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, mixtures):
+        return torch.stack([self._separate(len(mixture)) for mixture in mixtures])
+
+    def _separate(self, n):
+        start = next(self.starts)
+        padded = np.pad(self.sources[:, max(start, 0) : max(start + n, 0)], ((0, 0), (0, n)))
+        padded = np.roll(padded, max(-start, 0), axis=1)[:, :n]
+        sources = self.rng.permutation(padded)
+        leakage = 10 ** ((self.rng.normal(-12, 3)) / 20)
+        noise = 0.0005 * self.rng.normal(size=sources.shape)
+        found = sources + leakage * (sources.sum(0) - sources) + noise
+        return torch.from_numpy(found.astype(np.float32))
+
+
+def wrong_share(sources, tracks, seconds=0.25):
+    """Share of the time of speech in which a speaker is not in the file that is his otherwise."""
+    n_src, frame = len(sources), round(seconds * RATE)
+    n_frames = sources.shape[1] // frame
+    cut_up = [x[:, : n_frames * frame].reshape(n_src, n_frames, frame) for x in (sources, tracks)]
+    levels = (cut_up[0] ** 2).mean(-1) / (sources**2).mean(-1, keepdims=True)
+    speaks = levels > 1e-3
+    norms = [np.sqrt((x**2).sum(-1)) + 1e-6 for x in cut_up]
+    likeness = np.einsum("itf,jtf->ijt", *cut_up) / norms[0][:, None] / norms[1].max(0)
+    permutations = np.array(list(itertools.permutations(range(n_src))))
+    scores = np.array([likeness[range(n_src), p].sum(0) for p in permutations])
+    place = permutations[scores.argmax(0)].T  # (n_src, frames)
+    return min((speaks & (place != p[:, None])).sum() / speaks.sum() for p in permutations)
+
+
+def ours(sources, block, memory=True):
+    """Tracks by `separate_long` with half overlapping blocks."""
+    size, hop = round(block * RATE), round(block * RATE / 2)
+    starts = [start for start, _ in cut([sources[0]], size, hop)]
+    oracle = Oracle(sources, starts)
+    return separate_long(oracle, sources.sum(0), block=block, overlap=block / 2, memory=memory)
+
+
+def peer(sources, block):
+    """Tracks by Asteroid's `LambdaOverlapAdd` with the same blocks."""
+    from asteroid.dsp.overlap_add import LambdaOverlapAdd
+
+    size, n = round(block * RATE), sources.shape[1]
+    starts = range(-size, n + 1, size // 2)
+    mixture = torch.from_numpy(sources.sum(0))[None, None]
+    return LambdaOverlapAdd(Oracle(sources, starts), len(sources), size)(mixture)[0].numpy()
+
+
+def main(n_conversations=12, seconds=180):
+    print("speakers  block  spectra   peer  without memory  with memory")
+    rows = [(2, 4, False), (2, 4, True), (2, 8, False), (3, 4, False), (3, 8, False)]
+    for n_src, block, alike in rows:
+        shares = []
+        for split in ("valid", "test"):
+            speech = SpeechDir(DATA / split, RATE)
+            groups = itertools.cycle(itertools.combinations(speech.by_speaker, n_src))
+            for seed, speakers in zip(range(n_conversations // 2), groups):
+                sources = conversation(speech, speakers, seconds, seed)
+                if alike:  # as if by one microphone
+                    rng = np.random.default_rng(seed)
+                    sources = same_colour(torch.from_numpy(sources), rng, spread=0).numpy()
+                tracks = peer(sources, block), ours(sources, block, False), ours(sources, block)
+                shares.append([wrong_share(sources, x) for x in tracks])
+        means = "  ".join(f"{100 * share:9.1f} %" for share in np.mean(shares, axis=0))
+        print(f"{n_src:8}  {block:3} s  {'alike' if alike else 'own':7} {means}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

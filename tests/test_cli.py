@@ -1,0 +1,72 @@
+"""The subcommands check, evaluate and export, as a user calls them."""
+
+import json
+
+import pytest
+from small import small
+
+from asteroid_tiny.cli import main
+from asteroid_tiny.data import SpeechDir, draw_list, write_list
+
+
+@pytest.fixture
+def model(tmp_path):
+    model = small(n_repeats=1)
+    model.save(tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+@pytest.fixture
+def voices(make_dir, clips):
+    return make_dir({f"a{i}": samples for i, samples in enumerate(clips.values())})
+
+
+def status(*argv):
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    return caught.value.code
+
+
+def test_check_names_what_is_wrong_and_exits_1(voices, capsys):
+    main(["check", str(voices)])
+    assert "nothing found" in capsys.readouterr().out
+    (voices / "a2.wav").unlink()
+    assert status("check", voices) == 1
+    assert "1  missing" in capsys.readouterr().out
+
+
+def test_check_takes_a_list(voices, tmp_path, capsys):
+    mixtures = draw_list(SpeechDir(voices), 3, 2, 8000, seed=1)
+    write_list(tmp_path / "list.csv", [*mixtures, mixtures[0]], 8000)
+    assert status("check", tmp_path / "list.csv", "--speech", voices) == 1
+    assert "2 times" in capsys.readouterr().out
+    assert status("check", tmp_path / "list.csv") == 2
+    assert "give --speech" in capsys.readouterr().err
+
+
+def test_evaluate_measures_the_speakers_that_are_asked_for(model, voices, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["evaluate", str(model), str(voices), "-o", str(out), "-n", "2", "--segment", "1"]
+         + ["--speakers", "a[01]"])  # fmt: skip
+    summary = json.loads((out / "results" / "summary.json").read_text())
+    assert summary["n_mixtures"] == 2 and summary["n_speakers"] == 2
+    assert "SI-SDRi" in capsys.readouterr().out
+    assert (out / "results" / "report.html").exists()
+    assert status("evaluate", model, voices, "-o", out, "--speakers", "b*") == 2
+    assert "has no speaker 'b*'" in capsys.readouterr().err
+
+
+def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):
+    file = tmp_path / "model.onnx"
+    main(["export", str(model), "-o", str(file)])
+    assert "largest_error" in capsys.readouterr().out
+    out = tmp_path / "separated"
+    main(["separate", str(voices / "a1.wav"), "-m", str(file), "-o", str(out)])
+    assert len(list(out.glob("a1_est*.wav"))) == 2
+
+
+def test_help_names_every_subcommand(capsys):
+    assert status("--help") == 0
+    text = capsys.readouterr().out
+    for name in ("separate", "infer", "info", "check", "evaluate", "export", "publish"):
+        assert f"  {name}" in text

@@ -1,0 +1,259 @@
+"""Recordings of any length: blocks that join without a seam, speakers that keep their places."""
+
+import itertools
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conversations import RATE, Oracle, conversation, ours, peer, wrong_share
+
+from asteroid_tiny import TinySepformer
+from asteroid_tiny.longform import (
+    cut,
+    make_consistent,
+    separate_file,
+    separate_long,
+    separate_stream,
+)
+
+
+class Shares(torch.nn.Module):
+    """Gives every source a fixed share of the mixture."""
+
+    def __init__(self, *shares, sample_rate=RATE):
+        super().__init__()
+        self.shares, self.sample_rate = torch.tensor(shares)[:, None], sample_rate
+        self.batches = []
+
+    def forward(self, mixtures):
+        self.batches.append(tuple(mixtures.shape))
+        return mixtures[:, None] * self.shares
+
+
+@pytest.fixture(scope="module")
+def talk(valid_speech):
+    """Half a minute of real speech."""
+    utterances = itertools.islice(valid_speech.utterances, 15)
+    return np.concatenate([valid_speech.read(u) for u in utterances])[: 30 * RATE]
+
+
+@pytest.mark.parametrize("n_samples", [300, 4000, 32000])
+def test_what_fits_in_one_block_is_separated_as_by_the_model(talk, n_samples):
+    model = TinySepformer.from_preset("tiny-sepformer-xs", n_src=3).eval()
+    mixture = talk[:n_samples]
+    found = separate_long(model, mixture, block=4.0, overlap=2.0, mixture_consistency=False)
+    with torch.inference_mode():
+        plain = model(torch.from_numpy(mixture)[None])[0].numpy()
+    order = [np.abs(plain - track).max(1).argmin() for track in found]
+    assert sorted(order) == [0, 1, 2]
+    np.testing.assert_allclose(found, plain[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.77, 1.0, 1.9])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size):
+    model = Shares(0.75, 0.25)
+    mixture = talk[: 9 * RATE + 123]
+    pieces = np.split(mixture, [1, 7, 9000, 9000, 60001])
+    parts = list(
+        separate_stream(
+            model, pieces, 2.0, overlap, batch_size=batch_size, mixture_consistency=False
+        )
+    )
+    found = np.concatenate(parts, axis=1)
+    assert found.shape == (2, len(mixture)) and found.dtype == np.float32
+    np.testing.assert_allclose(found, [0.75 * mixture, 0.25 * mixture], atol=1e-6)
+    assert max(shape[0] for shape in model.batches) == batch_size
+    assert {shape[1] for shape in model.batches} == {2 * RATE}
+
+
+@pytest.mark.parametrize("block, overlap", [(2.0, 2.0), (2.0, 3.0), (0.0, 0.0), (2.0, -1.0)])
+def test_an_overlap_that_does_not_fit_is_refused(talk, refused, block, overlap):
+    with refused(f"{overlap:g} s"):
+        separate_long(Shares(0.5, 0.5), talk, block=block, overlap=overlap)
+
+
+def test_nothing_and_broken_samples_are_refused(talk, refused):
+    with refused("no samples"):
+        separate_long(Shares(0.5, 0.5), talk[:0])
+    broken = talk.copy()
+    broken[150000] = np.nan
+    with refused("NaN"):
+        separate_long(Shares(0.5, 0.5), broken)
+    with refused("the model gives"):
+        separate_long(Shares(0.5, float("inf")), talk)
+
+
+def test_outputs_of_any_scale_are_brought_to_sum_to_the_mixture(valid_speech):
+    speakers = list(valid_speech.by_speaker)[:2]
+    sources = conversation(valid_speech, speakers, 8)
+    estimates = 5 * sources + 0.2 * sources[::-1]
+    found = make_consistent(estimates, sources.sum(0))
+    np.testing.assert_allclose(found.sum(0), sources.sum(0), atol=1e-6)
+    assert ((found - sources) ** 2).sum() < 0.01 * (sources**2).sum()
+    silence = np.zeros((2, 100), np.float32)
+    np.testing.assert_array_equal(make_consistent(silence, silence[0]), silence)
+    tracks = separate_long(Shares(0.1, 0.2, 0.1), sources.sum(0), block=2.0, overlap=1.0)
+    np.testing.assert_allclose(tracks.sum(0), sources.sum(0), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def conversations(valid_speech):
+    """A minute and a half of two, and of three speakers who are in no training set."""
+    speakers = list(valid_speech.by_speaker)
+    groups = [speakers[:2], speakers[2:], speakers[::2], speakers[:3], speakers[1:]]
+    return [conversation(valid_speech, group, 90, seed) for seed, group in enumerate(groups)]
+
+
+def test_the_memory_of_voices_halves_the_time_in_the_wrong_file_at_least(conversations):
+    shares = np.array(
+        [[wrong_share(s, x) for x in (peer(s, 4), ours(s, 4, False), ours(s, 4))]
+         for s in conversations]
+    )  # fmt: skip
+    for of_n_src in (shares[:3], shares[3:]):
+        theirs, forgetful, remembering = of_n_src.mean(0)
+        assert forgetful > 0.1, "these conversations need no memory"
+        assert remembering < 0.5 * theirs
+        assert remembering < 0.75 * forgetful
+    assert shares[:3, 2].mean() < 0.05
+
+
+def test_where_speech_overlaps_no_memory_is_needed(conversations):
+    for sources in conversations[:3]:
+        assert wrong_share(sources, ours(sources, 12, memory=False)) < 0.01
+
+
+@pytest.mark.parametrize("level", [1e-3, 20.0])
+def test_the_choice_does_not_depend_on_the_level(conversations, level):
+    sources = conversations[0]
+    starts = [start for start, _ in cut([sources[0]], 4 * RATE, 2 * RATE)]
+
+    def separated(gain):
+        oracle = Oracle(sources, starts)
+
+        class Louder:
+            sample_rate = RATE
+
+            def __call__(self, mixtures):
+                return gain * oracle(mixtures)
+
+        options = dict(block=4.0, overlap=2.0, mixture_consistency=False)
+        return separate_long(Louder(), gain * sources.sum(0), **options)
+
+    np.testing.assert_allclose(separated(level) / level, separated(1.0), atol=1e-4)
+
+
+def test_what_comes_later_changes_nothing_that_was_given_out(conversations):
+    sources = conversations[0]
+    starts = range(0, sources.shape[1], 2 * RATE)
+
+    def parts(n):
+        pieces = np.split(sources.sum(0)[:n], range(1000, n, 1000))
+        return separate_stream(Oracle(sources, starts), pieces, block=4.0, overlap=2.0)
+
+    short = np.concatenate(list(parts(40 * RATE)), axis=1)[:, : 36 * RATE]
+    whole = np.concatenate(list(parts(60 * RATE)), axis=1)
+    np.testing.assert_array_equal(short, whole[:, : short.shape[1]])
+
+
+def write(path, samples, rate, **options):
+    sf.write(path, samples, rate, **options)
+    return path
+
+
+def read_tracks(targets):
+    tracks, rates = zip(*(sf.read(target) for target in targets))
+    assert len(set(rates)) == 1
+    return np.array(tracks), rates[0]
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 48000])
+@pytest.mark.parametrize("suffix", ["flac", "ogg"])
+def test_files_come_back_at_their_rate_length_and_place(tmp_path, rate, suffix):
+    time = np.arange(int(5.3 * rate)) / rate
+    left, right = 0.4 * np.sin(2 * np.pi * 440 * time), 0.2 * np.sin(2 * np.pi * 1000 * time)
+    path = write(tmp_path / "in.wav", np.stack([left, right], 1), rate, subtype="FLOAT")
+    targets = [tmp_path / "out" / f"{k}.{suffix}" for k in (1, 2)]
+    done = separate_file(Shares(0.75, 0.25), path, targets, block=2.0, overlap=1.0)
+    tracks, found_rate = read_tracks(targets)
+    assert (found_rate, tracks.shape[1]) == (rate, len(time))
+    inner = slice(rate // 2, -rate // 2)
+    error = tracks.sum(0)[inner] - (left + right)[inner] / 2
+    assert np.abs(error).max() < (0.03 if suffix == "ogg" else 1e-3)
+    seconds = len(time) / rate
+    assert done == {"seconds": seconds, "n_channels": 2, "sample_rate": rate, "gain": 1}
+    assert sorted(p.name for p in targets[0].parent.iterdir()) == [p.name for p in targets]
+
+
+def test_loud_recordings_do_not_clip_and_peak_sets_the_level(tmp_path, talk):
+    loud = 3 * talk / np.abs(talk).max()
+    path = write(tmp_path / "loud.wav", loud, RATE, subtype="FLOAT")
+    targets = [tmp_path / "1.wav", tmp_path / "2.wav"]
+    options = dict(block=4.0, overlap=2.0)
+    done = separate_file(Shares(0.75, 0.25), path, targets, **options)
+    tracks, _ = read_tracks(targets)
+    assert done["gain"] < 0.5 and np.abs(tracks).max() < 1
+    np.testing.assert_allclose(tracks.sum(0), done["gain"] * loud, atol=1e-3)
+    separate_file(Shares(0.75, 0.25), path, targets, peak=-6.0, **options)
+    assert np.abs(read_tracks(targets)[0]).max() == pytest.approx(10 ** (-6 / 20), abs=1e-3)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, talk):
+    class Interrupted(Shares):
+        def forward(self, mixtures):
+            if len(self.batches) == 3:
+                raise KeyboardInterrupt
+            return super().forward(mixtures)
+
+    path = write(tmp_path / "talk.wav", talk, RATE)
+    with pytest.raises(KeyboardInterrupt):
+        separate_file(Interrupted(0.5, 0.5), path, [tmp_path / "out" / "1.wav"] * 2, block=4.0,
+                      overlap=2.0)  # fmt: skip
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path, talk):
+    peaks = []
+    for minutes in (1, 5):
+        path = write(tmp_path / f"{minutes}.wav", np.tile(talk, 2 * minutes), RATE)
+        tracemalloc.start()
+        separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.wav", tmp_path / "2.wav"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1e6
+
+
+HOUR = """
+import resource, sys, time
+from asteroid_tiny import TinySepformer
+from asteroid_tiny.longform import Path, separate_file
+sizes = dict(n_filters=64, kernel_size=128, stride=64, bn_chan=32, ff_hid=32, n_heads=2,
+             chunk_size=50, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
+path, began = Path(sys.argv[1]), time.monotonic()
+targets = [path.with_name("1.ogg"), path.with_name("2.ogg")]
+separate_file(TinySepformer(2, **sizes).eval(), path, targets)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.monotonic() - began)
+"""
+
+
+@pytest.mark.slow
+def test_an_hour_takes_no_more_memory_than_a_minute_nor_more_time_a_minute(tmp_path, talk):
+    found = []
+    for minutes in (1, 60):
+        path = tmp_path / f"{minutes}.flac"
+        with sf.SoundFile(path, "w", 44100, 1) as file:
+            for _ in range(2 * minutes):
+                file.write(np.repeat(talk, 6)[: 30 * 44100])
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", HOUR, path], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        megabytes, seconds = map(float, done.stdout.split())
+        found.append((megabytes, seconds / minutes))
+        print(f"{minutes} min: {megabytes:.0f} MB at most, {seconds / minutes:.2f} s a minute")
+    assert found[1][0] < found[0][0] + 300
+    assert found[1][1] < 1.3 * found[0][1]

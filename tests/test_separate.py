@@ -1,0 +1,204 @@
+"""`asteroid-tiny separate` and `info`, as from the command line, on real files."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+from small import n_parameters, small
+
+from asteroid_tiny import cli
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    small().save(path)
+    return path
+
+
+@pytest.fixture
+def talks(clips, tmp_path):
+    """A folder with a wav file of each of three speakers, and an .mp3 of the fourth."""
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    for (speaker, samples), suffix in zip(clips.items(), ["wav", "wav", "flac", "mp3"]):
+        sf.write(folder / f"{speaker}.{suffix}", samples, 8000)
+    return folder
+
+
+@pytest.fixture
+def separate(model, tmp_path, capsys):
+    """Runs the subcommand into the folder out, and gives exit status, stdout and stderr."""
+
+    def run(*arguments, out="out"):
+        status = 0
+        try:
+            cli.main(["separate", *map(str, arguments), "-m", str(model), "--device", "cpu",
+                      "-o", str(tmp_path / out)])  # fmt: skip
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_is_separated_once_and_again_only_by_force(separate, talks, tmp_path):
+    status, text, _ = separate(talks)
+    assert status == 0
+    assert "made for 2 speakers at 8000 Hz" in text and "4 separated" in text
+    out = tmp_path / "out"
+    names = sorted(f"{path.stem}_est{k}.wav" for path in talks.iterdir() for k in (1, 2))
+    assert sorted(path.name for path in out.iterdir()) == names
+    for path in talks.iterdir():
+        mixture, _ = sf.read(path)
+        tracks = [sf.read(out / f"{path.stem}_est{k}.wav")[0] for k in (1, 2)]
+        np.testing.assert_allclose(sum(tracks), mixture, atol=1e-3)
+
+    before = contents(out)
+    for path in out.iterdir():
+        path.write_bytes(b"mine")
+    status, text, _ = separate(talks)
+    assert status == 0 and "4 done before" in text
+    assert set(contents(out).values()) == {b"mine"}
+    status, text, _ = separate(talks, "--force")
+    assert status == 0 and contents(out) == before
+
+
+def test_one_bad_file_is_named_and_the_others_are_done(separate, talks, tmp_path):
+    (talks / "broken.wav").write_bytes(b"RIFF no sound at all")
+    sf.write(talks / "empty.wav", np.zeros(0), 8000)
+    (talks / "notes.txt").write_text("no audio, and nobody asked for it")
+    status, text, errors = separate(talks, tmp_path / "none.wav")
+    assert status == 1
+    for words in ("broken.wav cannot be read", "empty.wav holds no samples", "none.wav is no file"):
+        assert words in errors
+    assert "4 separated" in text and "3 failed" in text and "notes" not in text + errors
+    assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def test_nothing_is_written_over_unasked(separate, talks, tmp_path):
+    (tmp_path / "out").mkdir()
+    first = sorted(talks.glob("*.wav"))[0]
+    in_the_way = tmp_path / "out" / f"{first.stem}_est2.wav"
+    in_the_way.write_bytes(b"mine")
+    status, _, errors = separate(first)
+    assert status == 1 and f"{in_the_way} is in the way" in errors
+    assert contents(tmp_path / "out") == {in_the_way.name: b"mine"}
+
+    (talks / "more").mkdir()
+    shutil.copy(first, talks / "more")
+    status, text, errors = separate(first, talks / "more", out="other")
+    assert status == 1 and "would both be written to" in errors and "1 separated" in text
+
+    itself = shutil.copy(first, talks / "x_est1.wav")
+    shutil.copy(first, talks / "x.wav")
+    before = itself.read_bytes()
+    status, _, errors = separate(talks / "x.wav", "--force", out="talks")
+    assert status == 0  # x_est1.wav is there, and --force was asked for
+    assert itself.read_bytes() != before
+
+
+def test_globs_formats_rates_and_channels(separate, tmp_path, talks):
+    stereo = np.random.default_rng(0).normal(0, 0.1, (22050 * 3, 2))
+    sf.write(talks / "music.flac", stereo, 22050)
+    status, text, _ = separate(talks / "*.flac", "--format", "ogg", "--block", 2, "--peak", -3)
+    assert status == 0
+    assert "the mean of its 2 channels was separated" in text and "2 separated" in text
+    info = sf.info(tmp_path / "out" / "music_est2.ogg")
+    assert (info.samplerate, info.channels, info.frames) == (22050, 1, 22050 * 3)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--block", "0"], "--block must be above 0"),
+        (["--peak", "3"], "above full scale"),
+        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["-m", "none.pth"], "none.pth"),
+    ],
+)
+def test_bad_options_end_with_status_2_and_one_sentence(separate, talks, capsys, options, words):
+    arguments = ["separate", str(talks), "-m", "x.pth", *options]
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and len(error.splitlines()) == 1
+
+
+def test_ctrl_c_in_the_middle_leaves_no_part(separate, talks, tmp_path, monkeypatch):
+    from asteroid_tiny import longform
+
+    real, calls = longform.write_tracks, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(longform, "write_tracks", interrupted)
+    status, _, _ = separate(talks)
+    assert "the same command goes on" in status
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_ffmpeg_reads_what_soundfile_does_not(separate, talks, tmp_path):
+    source = sorted(talks.glob("*.wav"))[0]
+    command = ["ffmpeg", "-v", "error", "-i", source, "-ar", "44100", "-ac", "2", "-c:a", "aac"]
+    subprocess.run([*command, tmp_path / "m.m4a"], check=True)
+    (tmp_path / "bad.m4a").write_bytes(b"no sound" * 100)
+    status, text, errors = separate(tmp_path / "m.m4a", tmp_path / "bad.m4a")
+    assert status == 1 and "bad.m4a cannot be read" in errors and "2 channels" in text
+    tracks = [sf.read(tmp_path / "out" / f"m_est{k}.wav")[0] for k in (1, 2)]
+    assert sf.info(tmp_path / "out" / "m_est1.wav").samplerate == 44100
+    assert len(tracks[0]) == pytest.approx(4 * 44100, abs=4096)
+    mixture = np.interp(np.arange(len(tracks[0])) / 44100, np.arange(32000) / 8000,
+                        sf.read(source)[0])  # fmt: skip
+    assert np.corrcoef(sum(tracks), mixture)[0, 1] > 0.9
+
+
+def test_info_tells_what_a_model_is(model, capsys):
+    cli.main(["info", str(model)])
+    text = capsys.readouterr().out
+    for words in (
+        f"{n_parameters(small()):,} parameters",
+        "2, at 8000 Hz",
+        "GMAC a second",
+        "MB of tensors for 4 s",
+    ):
+        assert words in text
+
+
+def test_the_memory_that_info_tells_grows_with_the_length(model):
+    from asteroid_tiny.inspection import open_model, peak_memory
+
+    network, _ = open_model(model)
+    short, long = (peak_memory(network, seconds) for seconds in (1, 4))
+    n_bytes = 4 * 16 * 8000 / 8  # of one second of frames inside the masker
+    assert short > 4 * n_bytes and 3 < long / short < 5
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["separate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--model", "--out", "--format", "--block", "--force", "--peak", "Exit status"):
+        assert words in text
+
+
+def test_the_command_line_itself(model, talks, tmp_path):
+    path = next(talks.glob("*.flac"))
+    command = [sys.executable, "-W", "ignore", "-m", "asteroid_tiny.cli", "separate", path]
+    done = subprocess.run(
+        [*command, "-m", model, "-o", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 2
