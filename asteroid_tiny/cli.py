@@ -194,6 +194,7 @@ def _publish_options(parser):
     parser.add_argument("--summary", type=Path, help="metrics: results/summary.json of a stage 3")
     parser.add_argument("--command", dest="made_by", help="the command that made the metrics")
     parser.add_argument("--half", action="store_true", help="store weights in 16 bits, if they can")
+    parser.add_argument("--onnx", action="store_true", help="add the model as an ONNX file")
     parser.add_argument("--zoo", action="store_true", help="add it to the models of this package")
     parser.add_argument("--push", metavar="USER/REPO", help="upload it to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -202,12 +203,17 @@ def _publish_options(parser):
 @command("publish", _publish_options)
 def publish(options):
     """Writes a model with its model card for others, and uploads it if asked."""
+    from . import from_pretrained
     from . import publish as publishing
 
     folder = Path(options.source)
     if not publishing.is_published(folder):
         folder = _publish_run(options) if (folder / "conf.yml").exists() else _publish_any(options)
         print(f"publish folder: {folder}")
+    if options.onnx:
+        from .export import export_onnx
+
+        export_onnx(from_pretrained(folder), folder / publishing.ONNX)
     if options.zoo:
         print(f"packaged model: {publishing.add_to_zoo(folder)}")
     if options.push:

@@ -22,7 +22,8 @@ from .summary import METRICS, format_table
 from .weights import CONFIG, WEIGHTS, read_config, save_whole
 
 CARD, PACKAGE = "README.md", "model.pth"  # the latter is Asteroid's name
-PUBLIC = (CARD, CONFIG, WEIGHTS, hub.PICKLED)
+ONNX = "model.onnx"
+PUBLIC = (CARD, CONFIG, WEIGHTS, hub.PICKLED, ONNX)
 HALF_DB = 40.0  # SI-SDR of the estimates of rounded weights against those of the exact ones
 #: What a publication cannot do without, and the option that gives it.
 NEEDED = {
