@@ -201,7 +201,7 @@ def model_card(config, about):
         f"({config['dtype']}) that separates {n_src} speakers in audio of "
         f"{config['sample_rate']:g} Hz.",
         "## Use",
-        "    pip install asteroid-tiny",
+        "With asteroid-tiny installed (`pip install .` in its repository):",
         USE.format(name=name),
         f"Plain Asteroid loads `{hub.PICKLED}` once `asteroid_tiny` is imported.",
         "## Training data",

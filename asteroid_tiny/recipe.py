@@ -1,4 +1,6 @@
-"""The stages of a recipe, from speech to results, as functions of a run's folder and settings.
+"""The stages of a recipe from training on, as functions of a run's folder and settings.
+
+The stages before are in `preparation`.
 
 A run lives in one folder::
 
@@ -17,7 +19,6 @@ Each stage says what it did; one that is done already says that.
 
 import hashlib
 import inspect
-import itertools
 import json
 import shlex
 import time
@@ -25,32 +26,15 @@ from pathlib import Path
 
 import torch
 
-from .config import OF_THE_MACHINE, PUBLICATION, read_conf
+from .config import FOLDERS, OF_THE_MACHINE, PUBLICATION, read_conf
 from .cost import training_cost
-from .data import (
-    MixtureList,
-    NoiseDir,
-    SpeechDir,
-    check_disjoint,
-    draw_list,
-    librimix,
-    own,
-    write_list,
-    wsj0mix,
-)
-from .data.check import check_dir, check_speech, format_findings
-from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
+from .preparation import open_list, open_split
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
-SHORTEST = 0.5  # s: utterances below are reported
-#: Corpora that have mixture lists of their own, and their modules.
-LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
-CORPORA = ("kaldi", "own", *LISTED)
-SPLITS = ("train", "valid", "test")
 
 
 def build_model(settings):
@@ -74,150 +58,6 @@ def build_model(settings):
         return model_class.from_preset(settings["preset"], **sizes)
     except (TypeError, ValueError) as error:
         raise UserError(f"the model cannot be built: {error}") from None
-
-
-def open_split(exp_dir, settings, split):
-    """The `SpeechDir` of a split."""
-    folder = speech_folder(exp_dir, settings) / split
-    return SpeechDir(folder, settings["sample_rate"], convert=settings["corpus"] in LISTED)
-
-
-def open_noise(exp_dir, settings, split):
-    """The `NoiseDir` of a split, None if the recipe has no noise."""
-    folder = speech_folder(exp_dir, settings) / f"{split}_noise"
-    return NoiseDir(folder, settings["sample_rate"], convert=True) if folder.is_dir() else None
-
-
-def speech_folder(exp_dir, settings):
-    """Where the data dirs of a run are: those of the recipe, or made for the run in stage 0."""
-    if settings["corpus"] == "kaldi":
-        return source_folder(exp_dir, settings)
-    return Path(exp_dir) / "speech"
-
-
-def source_folder(exp_dir, settings):
-    """The folder that the settings name; it may be relative to that of the recipe."""
-    return Path(exp_dir).resolve().parents[1] / settings["speech"]
-
-
-def prepare_speech(exp_dir, settings):
-    """Stage 0: checks the speech, says what there is, and gives credit where it must be seen."""
-    folder = source_folder(exp_dir, settings)
-    if settings["corpus"] not in CORPORA:
-        raise UserError(f"corpus must be one of {', '.join(CORPORA)}, not {settings['corpus']!r}")
-    target = speech_folder(exp_dir, settings)
-    if settings["corpus"] == "own":
-        own.prepare(folder, target, settings["n_src"], settings["sample_rate"])
-    if settings["corpus"] in LISTED:
-        LISTED[settings["corpus"]].prepare(folder, target, settings)
-    if (folder / "SHA256SUMS").exists():
-        verify_checksums(folder)
-    splits = {split: open_split(exp_dir, settings, split) for split in SPLITS}
-    for group in LISTED[settings["corpus"]].DISJOINT if settings["corpus"] in LISTED else [SPLITS]:
-        check_disjoint(**{split: splits[split] for split in group})
-    for split, speech in splits.items():
-        check_speakers(speech, settings["n_src"])
-        print(
-            f"  {split:5}  {len(speech.by_speaker):4} speakers {len(speech.utterances):6} "
-            f"utterances {speech.minutes():8.1f} minutes"
-        )
-    if (folder / "CREDITS.txt").exists():
-        print((folder / "CREDITS.txt").read_text(encoding="utf-8"))
-
-
-def verify_checksums(folder):
-    """Compares the files of a folder with its SHA256SUMS.
-
-    Raises:
-        UserError: That names the first file that is missing or changed.
-    """
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
-        wanted, name = line.split(maxsplit=1)
-        path = folder / name.lstrip("*")
-        if not path.is_file():
-            raise UserError(f"{path} is missing; restore it (git checkout -- {path.name})")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
-            raise UserError(f"{path} has changed; restore it (git checkout -- {path.name})")
-
-
-def make_lists(exp_dir, settings):
-    """Stage 1: checks the speech; draws validation and test lists, or takes the corpus's own."""
-    check_all(exp_dir, settings)
-    for split in SPLITS if not settings["dynamic_mixing"] else ("valid", "test"):
-        path = list_path(exp_dir, split)
-        if path.exists():
-            print(f"  {split}: {len(open_list(exp_dir, settings, split))} mixtures, made before")
-            continue
-        if settings["corpus"] in LISTED:
-            mixtures = take_list(exp_dir, settings, split)
-        else:
-            mixtures = draw_split(exp_dir, settings, split)
-        write_list(path, mixtures, settings["sample_rate"])
-        hours = sum(mixture.length for mixture in mixtures) / settings["sample_rate"] / 3600
-        print(f"  {split}: {len(mixtures)} mixtures, {hours:.2f} h")
-
-
-def draw_split(exp_dir, settings, split):
-    """The validation or test mixtures of a corpus that has no lists (list of Mixture)."""
-    if split == "train":
-        raise UserError(f"corpus {settings['corpus']} has no list; it needs dynamic_mixing true")
-    return draw_list(
-        open_split(exp_dir, settings, split),
-        settings[f"n_{split}"],
-        settings["n_src"],
-        round(settings["eval_segment"] * settings["sample_rate"]),
-        settings[f"{split}_seed"],
-        settings["max_gap"],
-        settings["overlap_ratio"],
-    )
-
-
-def take_list(exp_dir, settings, split):
-    """The mixtures of a corpus's own list; for validation and test so many, evenly spread."""
-    speech, noise = (open_it(exp_dir, settings, split) for open_it in (open_split, open_noise))
-    mixtures = LISTED[settings["corpus"]].mixtures(split, speech, noise, settings)
-    count = settings.get(f"n_{split}", len(mixtures))
-    if count >= len(mixtures):
-        return mixtures
-    return [mixtures[i * len(mixtures) // count] for i in range(count)]
-
-
-def list_path(exp_dir, split):
-    """Where the mixture list of a split is."""
-    return Path(exp_dir) / "lists" / f"{split}.csv"
-
-
-def check_all(exp_dir, settings):
-    """Checks all speech of a run, once; what is found goes to the screen and to check.txt.
-
-    Raises:
-        UserError: If something was found that would stop a training.
-    """
-    target = Path(exp_dir) / "check.txt"
-    if target.exists() or not settings["check"]:
-        return
-    folder = speech_folder(exp_dir, settings)
-    if settings["corpus"] in LISTED:  # some share speakers between splits, stage 0 says which
-        dirs = [check_dir(folder / split, shortest=SHORTEST) for split in SPLITS]
-        findings = list(itertools.chain.from_iterable(dirs))
-    else:
-        findings = check_speech(folder, settings["sample_rate"], SHORTEST)
-    if findings:
-        print(format_findings(findings, most=3))
-    fatal = sum(finding.fatal for finding in findings)
-    if fatal:
-        raise UserError(
-            f"{fatal} fault(s) in the speech would stop a training; mend them or leave them out, "
-            "or go on with --check false"
-        )
-    with whole_file(target) as part:
-        part.write_text(format_findings(findings, most=len(findings)) + "\n", encoding="utf-8")
-
-
-def open_list(exp_dir, settings, split):
-    """The `MixtureList` of a split."""
-    speech, noise = (open_it(exp_dir, settings, split) for open_it in (open_split, open_noise))
-    return MixtureList(speech, list_path(exp_dir, split), noise)
 
 
 def train_model(exp_dir, settings):
@@ -367,8 +207,8 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
         "recipe": f"{recipe_dir.parent.name}/{recipe_dir.name}",
         "training": training,
         "summary": summary,
-        "settings": settings,
-        "command": run_command(exp_dir, settings),
+        "settings": without_paths(settings),
+        "command": run_command(exp_dir, without_paths(settings)),
         "credits": credits_file.read_text(encoding="utf-8") if credits_file.exists() else None,
         **about,
     }
@@ -379,6 +219,14 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     folder = publish(model, folder or exp_dir / "publish", about, settings["half"], signals)
     print(f"  publish folder: {folder}")
     return folder
+
+
+def without_paths(settings):
+    """The settings without the folders of this machine, which are nobody else's business."""
+    public = {key: value for key, value in settings.items() if key not in (*FOLDERS, "speech")}
+    if settings["init_from"]:
+        public["init_from"] = Path(settings["init_from"]).name
+    return public
 
 
 def run_command(exp_dir, settings):

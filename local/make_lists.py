@@ -2,7 +2,7 @@
 
 from asteroid_tiny.config import open_run
 from asteroid_tiny.errors import exit_on_user_error
-from asteroid_tiny.recipe import make_lists
+from asteroid_tiny.preparation import make_lists
 
 if __name__ == "__main__":
     with exit_on_user_error():

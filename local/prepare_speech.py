@@ -2,7 +2,7 @@
 
 from asteroid_tiny.config import open_run
 from asteroid_tiny.errors import exit_on_user_error
-from asteroid_tiny.recipe import prepare_speech
+from asteroid_tiny.preparation import prepare_speech
 
 if __name__ == "__main__":
     with exit_on_user_error():

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from asteroid_tiny.config import merge, read_recipe
-from asteroid_tiny.recipe import evaluate_model, make_lists, prepare_speech, train_model
+from asteroid_tiny.preparation import make_lists, prepare_speech
+from asteroid_tiny.recipe import evaluate_model, train_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(

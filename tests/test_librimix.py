@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 from sounds import peak_frequency
 
 from asteroid_tiny.data import DynamicMixtures, librimix
-from asteroid_tiny.recipe import make_lists, open_list, open_split, prepare_speech
+from asteroid_tiny.preparation import make_lists, open_list, open_split, prepare_speech
 
 PARTS = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
 WHAM_PARTS = {"train": "tr", "valid": "cv", "test": "tt"}

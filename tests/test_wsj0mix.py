@@ -12,7 +12,8 @@ import soundfile as sf
 from recipes import run_stages, settings_of
 
 from asteroid_tiny.data import DynamicMixtures, SpeechDir, wsj0mix
-from asteroid_tiny.recipe import make_lists, open_list, open_split, prepare_speech, train_model
+from asteroid_tiny.preparation import make_lists, open_list, open_split, prepare_speech
+from asteroid_tiny.recipe import train_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train": "tr", "valid": "cv", "test": "tt"}
