@@ -74,6 +74,48 @@ def save_fp32(model, path):
         dynamic_shapes=({1: torch.export.Dim.AUTO},),
     )
     program.save(path)
+    make_small(path)
+
+
+def make_small(path):
+    """Takes out of an ONNX file what no runtime needs: traces (with paths in them), shapes, names.
+
+    In a small model they are larger than the weights.
+    """
+    onnx = _import("onnx")
+    file = onnx.load(path)
+    del file.metadata_props[:], file.graph.metadata_props[:], file.graph.value_info[:]
+    for node in file.graph.node:
+        del node.metadata_props[:]
+        node.name = ""
+    keep_weights_once(file.graph)
+    onnx.save(file, path)
+
+
+def keep_weights_once(graph):
+    """Transposes weights in the file rather than at every use, and keeps equal ones once.
+
+    The exporter does the former for some uses only, so that shared layers would be there twice;
+    and what is transposed at run time is not quantised.
+    """
+    helper = _import("onnx").numpy_helper
+    arrays = {tensor.name: helper.to_array(tensor) for tensor in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Transpose" and n.input[0] in arrays]:
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        arrays[node.output[0]] = np.ascontiguousarray(arrays[node.input[0]].transpose(order))
+        graph.node.remove(node)
+    first = {}
+    same = {
+        name: first.setdefault((array.dtype, array.shape, array.tobytes()), name)
+        for name, array in arrays.items()
+    }
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+    used = {name for node in graph.node for name in node.input}
+    del graph.initializer[:]
+    graph.initializer.extend(
+        helper.from_array(array, name) for name, array in arrays.items() if name in used
+    )
 
 
 def check_lengths(model, path):
@@ -114,9 +156,8 @@ def save_int8(path, sample_rate, speech=None):
     fp32_bytes = path.stat().st_size
     small = path.with_name(f"{path.stem}.int8{path.suffix}")
     try:
-        quantization.quantize_dynamic(
-            path, small, weight_type=quantization.QuantType.QInt8, per_channel=True
-        )
+        quantization.quantize_dynamic(path, small, weight_type=quantization.QuantType.QInt8)
+        make_small(small)
         found = OnnxSeparator(small, sample_rate=sample_rate)(speech[None])
         si_sdr = -pairwise_neg_sisdr(found, wanted)[0].diagonal().min().item()
         size = small.stat().st_size / fp32_bytes
