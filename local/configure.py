@@ -23,7 +23,7 @@ def main(recipe, tag, *options):
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag
-    from asteroid_tiny.recipe import build_model  # late: options are checked before torch loads
+    from asteroid_tiny.recipe import build_model  # late: a wrong option needs no model
 
     build_model(settings)
     begin_run(exp_dir, settings, given)
