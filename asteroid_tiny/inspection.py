@@ -16,6 +16,9 @@ from .weights import open_stored
 
 DEFAULT = "tiny-sepformer-xs_2spk_8k"
 MEMORY_SECONDS = 4
+SHOWN = ("si_sdr_i", "sdr_i", "stoi", "n_mixtures")  # of the metrics
+#: What the other lines say, of what is told about a model.
+SAID = "training metrics licence model_name model_args sample_rate n_src n_parameters".split()
 
 
 def open_model(name=None):
@@ -65,7 +68,7 @@ def describe(model, about):
     chunk = ((masker.chunk_size - 1) * args["stride"] + args["kernel_size"]) / rate
     with torch.device("meta"):
         macs = count_macs(type(model)(**args))
-    metrics = {k: v for k, v in about.get("metrics", {}).items() if isinstance(v, (int, float))}
+    metrics = {k: v for k, v in about.get("metrics", {}).items() if k in SHOWN and v is not None}
     lines = {
         "model": f"{type(model).__name__}, {n_parameters:,} parameters",
         "sources": f"{masker.n_src}, at {rate:g} Hz",
@@ -76,9 +79,9 @@ def describe(model, about):
         f"{MEMORY_SECONDS} s of audio, {4 * n_parameters / 1e6:.0f} MB of weights",
         "trained on": speech_of(about) or "not told",
         "licence": about.get("licence") or "not told",
-        "metrics": ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) or "not told",
+        "metrics": ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) or "not told",
     }
-    rest = {k: v for k, v in about.items() if k not in ("training", "metrics", "licence")}
+    rest = {key: value for key, value in about.items() if key not in SAID}
     if rest:
         lines["also told"] = json.dumps(rest, default=str)
     return "\n".join(f"{name:14} {text}" for name, text in lines.items())
