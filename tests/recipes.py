@@ -38,3 +38,12 @@ def run_stages(exp_dir, settings):
     """Stages 0 to 3."""
     for stage in (prepare_speech, make_lists, train_model, evaluate_model):
         stage(exp_dir, settings)
+
+
+def prepare(tmp_path, recipe, **changes):
+    """Runs stages 0 and 1: the folder of the run, and its settings."""
+    settings = settings_of(recipe, **changes)
+    exp_dir = tmp_path / "recipe" / "exp" / "run"
+    prepare_speech(exp_dir, settings)
+    make_lists(exp_dir, settings)
+    return exp_dir, settings

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from small import small
 
+from asteroid_tiny import from_pretrained
 from asteroid_tiny.cli import main
 from asteroid_tiny.data import SpeechDir, draw_list, write_list
+from asteroid_tiny.export import OnnxSeparator
 
 
 @pytest.fixture
@@ -63,6 +66,19 @@ def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsy
     out = tmp_path / "separated"
     main(["separate", str(voices / "a1.wav"), "-m", str(file), "-o", str(out)])
     assert len(list(out.glob("a1_est*.wav"))) == 2
+
+
+def test_publish_adds_an_onnx_file_that_agrees(model, voices, tmp_path):
+    main(["evaluate", str(model), str(voices), "-o", str(tmp_path / "out"), "-n", "2"]
+         + ["--segment", "1"])  # fmt: skip
+    summary = tmp_path / "out" / "results" / "summary.json"
+    main(["publish", str(model), "--out", str(tmp_path / "p"), "--name", "n", "--onnx"]
+         + ["--data_name", "d", "--data_licence", "CC0", "--summary", str(summary)])  # fmt: skip
+    mixture = torch.randn(1, 5000)
+    with torch.no_grad():
+        wanted = from_pretrained(tmp_path / "p")(mixture)
+    torch.testing.assert_close(OnnxSeparator(tmp_path / "p" / "model.onnx")(mixture), wanted,
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
 def test_help_names_every_subcommand(capsys):

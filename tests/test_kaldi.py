@@ -287,3 +287,10 @@ def test_fewer_speakers_than_sources_are_refused(make_dir, refused):
     for draw in (draw_list, lambda *args: DynamicMixtures(args[0], *args[2:])):
         with refused(folder, "2 speaker", "3"):
             draw(speech, 10, 3, RATE, 0)
+
+
+@pytest.mark.parametrize("suffix, options", [("sph", {"format": "NIST"}), ("flac", {})])
+def test_sphere_and_flac_are_read_sample_for_sample(make_dir, clips, suffix, options):
+    speech = SpeechDir(make_dir(clips, suffix=suffix, **options))
+    for speaker, samples in clips.items():
+        np.testing.assert_array_equal(np.round(speech.read(speaker) * 32768), samples)

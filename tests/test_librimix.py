@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from recipes import run_stages, settings_of
+from recipes import prepare, run_stages, settings_of
 from scipy.signal import resample_poly
 from sounds import peak_frequency
 
 from asteroid_tiny.data import DynamicMixtures, librimix
-from asteroid_tiny.preparation import make_lists, open_list, open_split, prepare_speech
+from asteroid_tiny.preparation import open_list, open_split, prepare_speech
 
 PARTS = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
 WHAM_PARTS = {"train": "tr", "valid": "cv", "test": "tt"}
@@ -127,15 +127,7 @@ def written(signal, rate, path):
 @pytest.fixture
 def prepared(corpus, tmp_path):
     """Runs stages 0 and 1 with options: a function giving the run's folder and settings."""
-
-    def prepare(**options):
-        settings = settings_of("librimix", **{"speech": str(corpus), **options})
-        exp_dir = tmp_path / "recipe" / "exp" / "run"
-        prepare_speech(exp_dir, settings)
-        make_lists(exp_dir, settings)
-        return exp_dir, settings
-
-    return prepare
+    return lambda **options: prepare(tmp_path, "librimix", **{"speech": str(corpus), **options})
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from recipes import run_stages, settings_of
+from recipes import prepare, run_stages, settings_of
 
 from asteroid_tiny.data import DynamicMixtures, SpeechDir, wsj0mix
-from asteroid_tiny.preparation import make_lists, open_list, open_split, prepare_speech
+from asteroid_tiny.preparation import open_list, open_split
 from asteroid_tiny.recipe import train_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,15 +56,7 @@ def write_mixture(root, n_src, part, speakers, i, voices):
 @pytest.fixture
 def prepared(corpus, tmp_path):
     """Runs stages 0 and 1 with options: a function giving the run's folder and settings."""
-
-    def prepare(**options):
-        settings = settings_of("wsj0-mix", **{"speech": str(corpus), **options})
-        exp_dir = tmp_path / "recipe" / "exp" / "run"
-        prepare_speech(exp_dir, settings)
-        make_lists(exp_dir, settings)
-        return exp_dir, settings
-
-    return prepare
+    return lambda **options: prepare(tmp_path, "wsj0-mix", **{"speech": str(corpus), **options})
 
 
 @pytest.mark.parametrize("n_src", [2, 3])

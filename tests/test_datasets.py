@@ -1,0 +1,153 @@
+"""Training mixtures: the same draws wherever and whenever they are drawn; broken recordings."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from sounds import level, peak_frequency, tone
+from torch.utils.data import DataLoader
+
+from asteroid_tiny.data import (
+    DynamicMixtures,
+    EpochSampler,
+    SpeechDir,
+)
+from asteroid_tiny.data.mixing import LEVEL_DB
+from asteroid_tiny.errors import exit_on_user_error
+
+
+@pytest.fixture
+def tones(make_dir):
+    """Five speakers who hum: speaker i at 300 + 100 i Hz, for 4 s."""
+    return SpeechDir(make_dir({f"s{i}": tone(300 + 100 * i) for i in range(5)}))
+
+
+def test_training_mixtures_are_of_different_speakers_and_of_all(tones):
+    pairs = Counter()
+    for _, sources in itertools.islice(iter_items(DynamicMixtures(tones, 2, 4000, seed=0)), 150):
+        pairs[frozenset(round(peak_frequency(source), -2) for source in sources)] += 1
+    assert {len(pair) for pair in pairs} == {2}
+    assert len(pairs) == 10 and min(pairs.values()) >= 4
+
+
+@pytest.fixture
+def training_mixtures(make_dir, clips):
+    """A function that opens the same data afresh, with nothing decoded: `DynamicMixtures`."""
+    folder = make_dir(clips)
+
+    def open_mixtures(seed=0):
+        return DynamicMixtures(SpeechDir(folder), 2, 8000, seed, speeds=(95, 100, 105), size=8)
+
+    return open_mixtures
+
+
+def test_an_item_is_the_same_in_any_order(training_mixtures):
+    forwards, backwards = training_mixtures(), training_mixtures()
+    wanted = [forwards[i] for i in range(8)]
+    for i in (7, 3, 3, 0):
+        np.random.seed(i), torch.manual_seed(i)
+        assert all(map(torch.equal, backwards[i], wanted[i]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_item_is_the_same_in_any_process(training_mixtures, num_workers):
+    wanted = [training_mixtures()[i] for i in range(8)]
+    loader = DataLoader(training_mixtures(), batch_size=2, num_workers=num_workers)
+    batches = list(loader)
+    assert len(batches) == 4
+    mixtures, sources = map(torch.cat, zip(*batches))
+    assert torch.equal(mixtures, torch.stack([mixture for mixture, _ in wanted]))
+    assert torch.equal(sources, torch.stack([sources for _, sources in wanted]))
+    assert torch.equal(mixtures, sources.sum(1))
+
+
+def test_items_and_seeds_differ(training_mixtures):
+    mixtures = [training_mixtures(seed)[i][0] for seed in (0, 1) for i in (0, 1, 2, 10**9)]
+    for one, other in itertools.combinations(mixtures, 2):
+        assert not torch.equal(one, other)
+
+
+def test_epochs_follow_each_other():
+    sampler = EpochSampler(10)
+    numbers = list(sampler)
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        assert len(sampler) == 10
+        numbers += sampler
+    assert numbers == list(range(30))
+    resumed = EpochSampler(10)
+    resumed.set_epoch(2)
+    assert list(resumed) == numbers[20:]
+
+
+@pytest.mark.parametrize("size, world_size", [(12, 3), (10, 4)])
+def test_ranks_share_an_epoch_out(size, world_size):
+    numbers = []
+    for rank in range(world_size):
+        sampler = EpochSampler(size, rank, world_size)
+        sampler.set_epoch(5)
+        assert len(list(sampler)) == len(sampler)
+        numbers += sampler
+    assert sorted(numbers) == list(range(5 * size, 6 * size))
+
+
+def test_training_mixtures_of_one_colour_are_still_sums(valid_speech):
+    mixed, sources = DynamicMixtures(valid_speech, 2, 8000, seed=0, colour=6.0)[3]
+    plain, _ = DynamicMixtures(valid_speech, 2, 8000, seed=0)[3]
+    assert torch.equal(mixed, sources.sum(0)) and not torch.allclose(mixed, plain)
+
+
+def test_levels_of_training_mixtures_are_spread(valid_speech):
+    args = dict(n_src=2, length=8000, seed=0, size=40)
+    spread = DynamicMixtures(valid_speech, level_spread=6, **args)
+    levels = np.array([max(level(one) for one in spread[i][1]) for i in range(40)])
+    assert LEVEL_DB - 6.01 < levels.min() < LEVEL_DB - 4
+    assert LEVEL_DB + 4 < levels.max() < LEVEL_DB + 6.01
+
+
+def break_in_the_middle(path):
+    """Makes a file break where its header does not tell."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_recording_is_named_and_passed_over(make_dir, clips, num_workers):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(120)}, suffix="flac")
+    break_in_the_middle(folder / "s7.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=300)
+    loader = DataLoader(mixtures, batch_size=20, num_workers=num_workers)
+    assert all(torch.isfinite(mixed).all() for mixed, _ in loader)
+    assert sum(len(mixed) for mixed, _ in loader) == 300
+    if num_workers == 0:
+        (named,) = mixtures.broken
+        assert "s7.flac" in named
+
+
+def test_too_many_broken_recordings_end_the_epoch(make_dir, clips, refused):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
+    break_in_the_middle(folder / "s3.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=50)
+    with refused("1 of 6 recordings are broken", "s3.flac"):
+        for i in range(50):
+            mixtures[i]
+
+
+def test_what_ends_a_worker_process_is_still_one_sentence(make_dir, clips, capsys):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
+    break_in_the_middle(folder / "s3.flac")
+    mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=50)
+    with pytest.raises(SystemExit), exit_on_user_error():
+        list(DataLoader(mixtures, num_workers=1))
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: 1 of 6 recordings are broken")
+
+
+def iter_items(dataset):
+    return (dataset[i] for i in itertools.count())
