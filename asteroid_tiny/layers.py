@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .linear import Linear, feed_forward
+
 INTRA, INTER = 2, 1
 NORM_EPS = 1e-6
 
@@ -44,10 +46,10 @@ class SelfAttention(nn.Module):
             raise ValueError(f"n_heads ({n_heads}) must divide the attention's {chan} channels")
         self.n_heads = n_heads
         self.dropout = dropout
-        self.query = nn.Linear(chan, chan)
-        self.key = nn.Linear(chan, chan)
-        self.value = nn.Linear(chan, chan)
-        self.out = nn.Linear(chan, chan)
+        self.query = Linear(chan, chan)
+        self.key = Linear(chan, chan)
+        self.value = Linear(chan, chan)
+        self.out = Linear(chan, chan)
 
     def forward(self, x, axis):
         """
@@ -88,7 +90,7 @@ class DepthwiseSeparableConv(nn.Module):
         if kernel_size % 2 != 1:
             raise ValueError(f"conv_kernel_size must be odd, not {kernel_size}")
         self.depthwise = nn.Conv1d(chan, chan, kernel_size, padding="same", groups=chan)
-        self.pointwise = nn.Linear(chan, chan)
+        self.pointwise = Linear(chan, chan)
 
     def forward(self, x, axis):
         """
@@ -135,7 +137,9 @@ class FeedForward(nn.Module):
             return self.narrow(F.relu(self.widen(self.norm(x))))
         weight = self.widen.weight * self.norm.weight
         bias = self.widen.bias + self.widen.weight @ self.norm.bias
-        return self.narrow(self.dropout(F.relu(F.linear(normalise(x), weight, bias))))
+        if self.dropout.p and self.training:
+            return self.narrow(self.dropout(F.relu(F.linear(normalise(x), weight, bias))))
+        return feed_forward(normalise(x), weight, bias, self.narrow.weight, self.narrow.bias)
 
 
 class _Normalise(torch.autograd.Function):
@@ -300,23 +304,28 @@ class LayerStack(nn.Module):
         self.norm = nn.LayerNorm(chan, eps=NORM_EPS)
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, x, axis):
+    def forward(self, x, axis, finish=nn.Identity()):
         """
         Args:
             x (torch.Tensor): Input.
             axis (int): Axis to work along, `INTRA` or `INTER`.
+            finish (callable): What is done with the result; its activations, too, are computed
+                anew in the backward pass where those of the layers are.
 
         Shape:
-            (batch, chunks, chunk, chan) -> the same.
+            (batch, chunks, chunk, chan) -> the same, before `finish`.
         """
-        x = x + positions(x, axis)
+
+        def last(x, axis):
+            return finish(self.norm(self.layers[-1](x, axis)))
+
         # not while tracing: two traces through a checkpoint differ, which `torch.jit.trace` refuses
         keeps_none = self.checkpoint_activations and not torch.jit.is_tracing()
         recompute = keeps_none and torch.is_grad_enabled()
-        for _ in range(self.n_times):
-            for layer in self.layers:
-                x = checkpoint(layer, x, axis, use_reentrant=False) if recompute else layer(x, axis)
-        return self.norm(x)
+        x = x + positions(x, axis)
+        for layer in ([*self.layers] * self.n_times)[:-1] + [last]:
+            x = checkpoint(layer, x, axis, use_reentrant=False) if recompute else layer(x, axis)
+        return x
 
 
 def positions(x, axis):

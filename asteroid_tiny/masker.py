@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layers import INTER, INTRA, LayerStack
+from .linear import Linear
 
 NORM_EPS = 1e-8
 
@@ -108,16 +109,16 @@ class DualPathMasker(nn.Module):
             return LayerStack(make_layer, n_layers, bn_chan, share_layers, checkpoint_activations)
 
         self.norm = norm(in_chan)
-        self.bottleneck = nn.Linear(in_chan, bn_chan, bias=False)
+        self.bottleneck = Linear(in_chan, bn_chan, bias=False)
         self.intra = nn.ModuleList(stack(n_intra_layers) for _ in range(n_repeats))
         self.intra_norm = nn.ModuleList(norm(bn_chan) for _ in range(n_repeats))
         self.inter = nn.ModuleList(stack(n_inter_layers) for _ in range(n_repeats))
         self.inter_norm = nn.ModuleList(norm(bn_chan) for _ in range(n_repeats))
         self.prelu = nn.PReLU()
-        self.to_sources = nn.Linear(bn_chan, n_src * bn_chan)
-        self.value = nn.Linear(bn_chan, bn_chan)
-        self.gate = nn.Linear(bn_chan, bn_chan)
-        self.to_mask = nn.Linear(bn_chan, in_chan, bias=False)
+        self.to_sources = Linear(bn_chan, n_src * bn_chan)
+        self.value = Linear(bn_chan, bn_chan)
+        self.gate = Linear(bn_chan, bn_chan)
+        self.to_mask = Linear(bn_chan, in_chan, bias=False)
         self.mask_act = activations.get(mask_act)()
 
     def forward(self, mixture):
@@ -132,8 +133,8 @@ class DualPathMasker(nn.Module):
         chunks = split_chunks(x, self.chunk_size, self.hop_size)
         stages = zip(self.intra, self.intra_norm, self.inter, self.inter_norm)
         for intra, intra_norm, inter, inter_norm in stages:
-            chunks = chunks + intra_norm(intra(chunks, INTRA))
-            chunks = chunks + inter_norm(inter(chunks, INTER))
+            chunks = chunks + intra(chunks, INTRA, intra_norm)
+            chunks = chunks + inter(chunks, INTER, inter_norm)
         x = join_chunks(self.prelu(chunks), x.shape[1], self.hop_size)
         x = self.to_sources(x).unflatten(-1, (self.n_src, -1))
         x = torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x))

@@ -277,4 +277,4 @@ def test_checkpointing_saves_memory(model_class):
     sizes = dict(n_intra_layers=6, n_inter_layers=6, ff_hid=128)
     kept = saved_bytes(small(model_class, **sizes), 8000)
     recomputed = saved_bytes(small(model_class, checkpoint_activations=True, **sizes), 8000)
-    assert recomputed <= 0.25 * kept
+    assert recomputed <= 0.3 * kept

@@ -1,0 +1,90 @@
+"""Linear layers by oneDNN and the lean feed-forward network: equal to the plain ones."""
+
+import pytest
+import torch
+from small import both_classes, shaken, small
+from torch import nn
+from torch.nn import functional as F
+
+from asteroid_tiny import linear
+from asteroid_tiny.linear import Linear, by_onednn, feed_forward
+from asteroid_tiny.models import PRESETS
+
+needs_x86 = pytest.mark.skipif(not linear.ON_X86, reason="oneDNN is taken on x86 alone")
+
+
+def values_and_gradients(function, *args):
+    """What a function returns, and the gradients of a fixed sum of it."""
+    args = [arg.clone().requires_grad_() for arg in args]
+    y = function(*args)
+    direction = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return [y, *torch.autograd.grad(y, args, direction.to(y.dtype))]
+
+
+def close(ours, theirs):
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(ours, theirs, strict=True))
+
+
+@needs_x86
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_nn_linear_on_a_part_of_the_channels_too(bias):
+    ours, theirs = Linear(24, 48, bias=bias), nn.Linear(24, 48, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 60, 40)
+    assert by_onednn(x)
+    results = []
+    for layer in (ours, theirs):
+        part = x.clone().requires_grad_()
+        y = layer(part[..., 3:27])  # channels of others on both sides
+        results.append([y, *torch.autograd.grad(y.square().sum(), [part, *layer.parameters()])])
+    assert close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feed_forward_in_blocks_is_the_plain_one(dtype, monkeypatch):
+    monkeypatch.setattr(linear, "BLOCK", 7 * 32)  # blocks of 7 rows, the last of 3
+    shapes = (2, 19, 16), (32, 16), (32,), (16, 32), (16,)
+    args = [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+    def plain(x, widen, widen_bias, narrow, narrow_bias):
+        return F.linear(F.relu(F.linear(x, widen, widen_bias)), narrow, narrow_bias)
+
+    assert close(values_and_gradients(feed_forward, *args), values_and_gradients(plain, *args))
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(feed_forward, [arg.requires_grad_() for arg in args])
+
+
+@needs_x86
+@both_classes
+def test_a_model_computes_the_same_without_onednn(model_class):
+    model, x = shaken(small(model_class)), torch.randn(1, 4000)
+    results = []
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            y = model(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-6 for a, b in zip(*results, strict=True))
+
+
+def test_a_traced_model_asks_for_no_operation_of_one_processor(tmp_path):
+    model = small().eval()
+    traced = torch.jit.trace(model, torch.randn(1, 4000))
+    assert "mkldnn" not in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_preset_is_compiled_without_a_graph_break(name, training):
+    torch._dynamo.reset()
+    sizes = dict(n_repeats=1, n_intra_layers=1, n_inter_layers=1)
+    model = PRESETS[name][0].from_preset(name, **sizes).train(training)
+    x = torch.randn(1, 4000)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(training):
+        ours, theirs = compiled(x), model(x)
+    assert close([ours], [theirs])
+    if training:
+        gradients = [
+            torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (ours, theirs)
+        ]
+        assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-6 for a, b in zip(*gradients))
