@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from memory import saved_bytes
 from small import n_parameters
 
 from asteroid_tiny import Sepformer, TinySepformer, from_pretrained
+from asteroid_tiny.cost import saved_bytes
 from asteroid_tiny.peers import build_peer
 
 pytest.importorskip("speechbrain")
