@@ -98,7 +98,7 @@ def saved_bytes(model, n_samples=16000):
     and those of the largest layer that is recomputed.
     """
     model.train()
-    checkpointed = model.masker.checkpoint_activations if hasattr(model, "masker") else False
+    checkpointed = getattr(getattr(model, "masker", None), "checkpoint_activations", False)
     saved = SavedBytes(model)
     with saved.count():
         model(torch.randn(1, n_samples)).sum()
