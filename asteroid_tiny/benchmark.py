@@ -126,6 +126,8 @@ def describe(row):
         return f"failed: {row['failed']}"
     if "n_parameters" in row:
         return f"{row['n_parameters'] / 1e6:.2f} M parameters"
+    if "macs_per_s" in row:
+        return f"{row['macs_per_s'] / 1e9:.2f} GMAC for a second of audio"
     if "flops" in row:
         return f"{row['dtype']}: {row['flops'] / 1e9:.0f} GFLOP/s in matrix products"
     if "mixtures_per_s" in row:

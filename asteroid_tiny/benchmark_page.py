@@ -91,7 +91,9 @@ class Figures:
         return self.row(name, kind, length=self.reference)
 
     def size(self, name):
-        return self.row(name, "inference")
+        """Parameters, bytes and operations of a model, which are of no length (dict)."""
+        rows = [r for r in self.by_task.get((name, "inference"), []) if "length" not in r]
+        return {key: value for row in rows for key, value in row.items()}
 
     def ratio(self, name, kind, key, of=BASELINE, of_kind=None, of_key=None):
         """A figure at the reference length over that of another model, or None."""
@@ -102,9 +104,10 @@ class Figures:
     def of_matrix_rate(self, name):
         """The fraction of the matrix products' rate that inference reaches, or None."""
         row, rate = self.at_reference(name, "inference"), self.row(None, "machine", dtype="float32")
-        if "cpu_s" not in row or "flops" not in rate:
+        macs = self.size(name).get("macs_per_s")
+        if not macs or "cpu_s" not in row or "flops" not in rate:
             return None
-        return 2 * self.size(name)["macs_per_s"] * row["length"] / row["cpu_s"] / rate["flops"]
+        return 2 * macs * row["length"] / row["cpu_s"] / rate["flops"]
 
 
 def introduction(figures):
@@ -125,7 +128,7 @@ def introduction(figures):
         f"audio, and more until they have taken {BUDGET:g} s or are {MOST_RUNS}. Memory is the "
         "peak over the loaded model. GMAC are 1e9 multiply-accumulates for a second of audio, "
         f"counted in matrix products and convolutions. Limits: {about['limit']:g} s for a run and "
-        f"{MEMORY_SHARE:.0%} of the available memory; {LIMITS_NOTE}"
+        f"{MEMORY_SHARE * 100:.0f} % of the available memory; {LIMITS_NOTE}"
     )
     recipes = "\n".join(
         f"- {title(name)}: {PEERS[name].recipe}" for name in figures.models if name in PEERS
@@ -324,7 +327,8 @@ def cost_plot(figures):
     for name, (x, y) in lines.items():
         axes.line(x, y, colour=colour(name))
     ends = [(x[-1], y[-1]) for x, y in lines.values()]
-    axes.words(*zip(*ends), map(title, lines), map(colour, lines))
+    names = [title(name).strip("`") for name in lines]
+    axes.words(*zip(*ends), names, map(colour, lines))
     return axes.svg()
 
 
@@ -423,7 +427,7 @@ def number(value, digits=3):
 
 def percent(share):
     """A share as text."""
-    return "-" if share is None else f"{share:.0%}"
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def markdown(rows):

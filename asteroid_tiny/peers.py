@@ -189,7 +189,7 @@ PEERS = {
     "dptnet": Peer(
         asteroid_model("DPTNet", n_repeats=2, mask_act="sigmoid"),
         "asteroid",
-        "Asteroid egs/wham/DPTNet (2 repeats, the paper has 6)",
+        "Asteroid egs/wham/DPTNet, 2 repeats where the paper has 6",
     ),
     "sudormrf": Peer(
         asteroid_model("SuDORMRFImprovedNet", kernel_size=21, stride=10),
