@@ -152,15 +152,23 @@ def kept_figures(path, about, wanted):
     if any(before["about"][key] != about[key] for key in ("cpu", "cores", "gpu", "versions")):
         return {}
     wanted = {key_of(task): task for task in wanted}
-    kept = {
-        key_of(entry["task"]): entry
-        for entry in before["measured"]
-        if wanted.get(key_of(entry["task"]), entry["task"]) == entry["task"]
-        and not any("failed" in row for row in entry["rows"])
-    }
+    measured = {key_of(entry["task"]): entry for entry in before["measured"]}
+    kept = {k: entry for k, entry in measured.items() if serves(entry, wanted.get(k))}
     if kept:
         print(f"  {len(kept)} measurements are from before; to make them anew, delete {path}")
     return kept
+
+
+def serves(entry, task):
+    """Whether an entry of figures has what a task would measure now, or is not asked for now."""
+    if any("failed" in row for row in entry["rows"]):
+        return False
+    limited = any("skipped" in row for row in entry["rows"])
+    before, now = (
+        {key: value for key, value in one.items() if limited or key != "limit"}
+        for one in (entry["task"], task or entry["task"])
+    )
+    return before == now
 
 
 def key_of(task):

@@ -279,13 +279,20 @@ def _kilobytes(path, key):
     return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path(path).read_text())[1])
 
 
-def main(task):
-    """Measures what a task says and prints the figures."""
-    torch.set_num_threads(1)
-    arguments = json.loads(task)
-    for row in MEASUREMENTS[arguments.pop("kind")](**arguments):
-        print(json.dumps(row), flush=True)
+def figures_of(task):
+    """The figures of a task, as they come.
+
+    Args:
+        task (dict): `kind`, one of `MEASUREMENTS`, and its arguments.
+
+    Yields:
+        dict: Plain data.
+    """
+    arguments = dict(task)
+    yield from MEASUREMENTS[arguments.pop("kind")](**arguments)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    for figure in figures_of(json.loads(sys.argv[1])):
+        print(json.dumps(figure), flush=True)
