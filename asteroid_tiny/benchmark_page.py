@@ -160,7 +160,8 @@ def inference_table(figures):
         )
     note = (
         f"{figures.reference:g} s of audio. “of matrix rate”: the share of the matrix products' "
-        "rate above that the counted operations reach."
+        "rate above that the counted operations reach. PyTorch leaves LSTMs and convolutions to "
+        "another library than linear layers, which can be faster."
     )
     return f"{note}\n\n{markdown(rows)}"
 
@@ -292,7 +293,7 @@ def mixing_words(figures):
     """How fast mixtures are made against how fast training takes them."""
     row = figures.row(None, "mixing")
     if "mixtures_per_s" not in row:
-        return "Not measured: there is no speech of this recipe yet (stage 0)."
+        return "Not measured, which needs the speech of the recipe (stage 0)."
     supply = row["mixtures_per_s"] * row["length"]
     rows = []
     for name in figures.models:

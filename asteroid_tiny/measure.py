@@ -286,10 +286,13 @@ def figures_of(task):
         task (dict): `kind`, one of `MEASUREMENTS`, and its arguments.
 
     Yields:
-        dict: Plain data.
+        dict: Plain data; `failed` with the reason if the user can mend it.
     """
     arguments = dict(task)
-    yield from MEASUREMENTS[arguments.pop("kind")](**arguments)
+    try:
+        yield from MEASUREMENTS[arguments.pop("kind")](**arguments)
+    except UserError as error:
+        yield {"failed": str(error)}
 
 
 if __name__ == "__main__":

@@ -88,21 +88,22 @@ def test_peak_memory_is_that_of_the_tensors():
     rows = list(measure.at_each([0.5, 2], 100, prepare))
     for row in rows:
         wanted = row["length"] * 8000 * 1000 * 4
-        assert wanted <= row["peak_bytes"] <= 1.5 * wanted + 30e6
+        assert 0.95 * wanted <= row["peak_bytes"] <= 1.5 * wanted + 30e6
         assert row["cpu_s"] > 0 and row["n_runs"] >= 2
 
 
 def test_what_would_take_too_much_is_not_tried(monkeypatch):
-    lengths, waste = [0.5, 1, 500], lambda mixture: lambda: torch.randn(mixture.shape[1], 100)
+    monkeypatch.setattr(measure, "BUDGET", 0)
+    lengths, waste = [0.5, 1, 20], lambda mixture: lambda: torch.randn(mixture.shape[1], 4000)
     *_, long = measure.at_each(lengths, 0.5, waste)
     assert long.keys() == {"length", "skipped"} and long["skipped"].endswith(" s")
     monkeypatch.setattr(measure, "available_bytes", lambda: 1e9)
-    *_, large = measure.at_each(lengths, 1000, waste)
+    *_, large = measure.at_each(lengths, 1000, waste)  # 128 MB a second
     assert large["skipped"].endswith(" GB")
 
 
 def test_files_in_onnx_and_int8_are_timed_beside_the_model():
-    sizes = dict(n_filters=64, bn_chan=64, ff_hid=128, n_repeats=1, n_inter_layers=1)
+    sizes = dict(n_filters=64, bn_chan=64, ff_hid=512, n_repeats=1, n_inter_layers=1)
     fp32, int8 = measure.exported(small(**sizes), 1)
     assert int8["bytes"] < 0.35 * fp32["bytes"] and int8["si_sdr"] > 20
     assert fp32["cpu_s"] > 0 and int8["cpu_s"] > 0
@@ -139,7 +140,7 @@ def test_the_page_tells_what_was_measured(quick, run_folder):
     folder = run_folder("minispeech")
     names = ["tiny-sepformer-xs", "speechbrain-sepformer"]
     settings = settings_of(
-        "minispeech", bench_models=",".join(names), bench_lengths="0.25,0.5,3000", bench_limit=20
+        "minispeech", bench_models=",".join(names), bench_lengths="0.1,0.2,3000", bench_limit=20
     )
     figures = benchmark(folder, settings)["measured"]
     rows = {(e["task"].get("name"), e["task"]["kind"]): e["rows"] for e in figures}
@@ -150,7 +151,7 @@ def test_the_page_tells_what_was_measured(quick, run_folder):
     assert table["parameters, M"] == "25.7" and table["GMAC/s"] == "59.2"
     assert float(table["CPU s"]) == pytest.approx(peer[1], rel=0.01)
     table = cells(page, "Cost against length", "`tiny-sepformer-xs`")
-    assert float(table["0.25 s"]) == pytest.approx(xs[0] / 0.25, rel=0.02)
+    assert float(table["0.1 s"]) == pytest.approx(xs[0] / 0.1, rel=0.02)
     assert table["3000 s"].startswith("not tried (about ")
     ratios = cells(page, "Ratios", "`tiny-sepformer-xs`")
     assert float(ratios["inference"]) == pytest.approx(xs[1] / peer[1], abs=0.01)
@@ -178,7 +179,7 @@ def test_a_peer_that_is_not_installed_is_left_out_and_named(quick, tmp_path, mon
     page = (tmp_path / "recipe" / "exp" / "run" / "benchmark.md").read_text()
     assert "Left out: SpeechBrain RE-SepFormer, since speechbrain is not installed." in page
     assert cells(page, "Inference", "SpeechBrain RE-SepFormer") is None
-    assert "there is no speech of this recipe yet" in page  # to mix
+    assert "machine, mixing: " in page.split("## What failed")[1]  # there is no speech to mix
 
 
 def test_a_measurement_runs_in_a_process_of_its_own(capfd):
