@@ -2,11 +2,11 @@
 # Trains and evaluates Tiny-Sepformer: ./run.sh --stage 0
 #
 #   --stage N         first stage (0): 0 speech, 1 mixture lists, 2 training, 3 evaluation,
-#                     4 publication
+#                     4 publication, 5 benchmark of the presets and their peers (needs no other)
 #   --stop_stage N    last stage (3, or N of --stage if that is later)
 #   --recipe NAME     folder under egs/ (minispeech)
 #   --tag NAME        name of the run, its folder is egs/RECIPE/TinySepformer/exp/TAG
-#                     (default: made of preset, sources and rate)
+#                     (default: made of preset, sources and rate; for stage 5, benchmark)
 #   --id LIST         GPUs to use, as in CUDA_VISIBLE_DEVICES: 0 or 0,1
 #   --python_path P   Python of an environment of your own (default: makes and uses .venv)
 #   --help            this text
@@ -43,8 +43,8 @@ while [ $# -gt 0 ]; do
   case $name in
     help) help=1; shift; continue ;;
     stage | stop_stage)
-      case $2 in '' | *[!0-9]*) fail "--$name must be a stage from 0 to 4, not '$2'" ;; esac
-      [ "$2" -le 4 ] || fail "--$name must be a stage from 0 to 4, not '$2'"
+      case $2 in '' | *[!0-9]*) fail "--$name must be a stage from 0 to 6, not '$2'" ;; esac
+      [ "$2" -le 6 ] || fail "--$name must be a stage from 0 to 6, not '$2'"
       eval "$name=\$2" ;;
     recipe | tag | id | python_path) eval "$name=\$2" ;;
     *) settings+=("--$name" "$2") ;;
@@ -66,6 +66,7 @@ for ((i = 0; i < ${#settings[@]}; i += 2)); do
 done
 case $tag in */* | .*) fail "--tag '$tag' must be a plain name" ;; esac
 [ -n "$stop_stage" ] || stop_stage=$((stage > 3 ? stage : 3))
+[ "$stage" -ne 5 ] || tag=${tag:-benchmark}  # which is no run of a model
 [ -z "$id" ] || export CUDA_VISIBLE_DEVICES=$id
 
 setup_python "$python_path" ""
@@ -90,4 +91,7 @@ if begin 3 "evaluation"; then
 fi
 if begin 4 "publication"; then
   "$python" "$root/local/publish.py" "$exp"
+fi
+if begin 5 "benchmark"; then
+  "$python" "$root/local/benchmark.py" "$exp"
 fi

@@ -30,6 +30,8 @@ OF_THE_MACHINE = (
 )
 #: Settings of the publication, which change nothing of a run.
 PUBLICATION = ("data_name", "data_licence", "data_url", "data_author", "licence", "half")
+#: Settings of the benchmark, which change nothing of a run.
+BENCHMARK = ("bench_models", "bench_lengths", "bench_limit")
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers"
@@ -174,7 +176,7 @@ def begin_run(exp_dir, settings, given):
     """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
 
     A run that was begun before keeps its settings; options that say otherwise are refused, but
-    for those of the machine and of the publication.
+    for those of the machine, the publication and the benchmark.
 
     Args:
         exp_dir (str or Path): Folder of the run.
@@ -186,7 +188,7 @@ def begin_run(exp_dir, settings, given):
     """
     path = Path(exp_dir) / "conf.yml"
     if path.exists():
-        begun, may_change = read_conf(path), (*OF_THE_MACHINE, *PUBLICATION)
+        begun, may_change = read_conf(path), (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK)
         for key, value in given.items():
             if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(

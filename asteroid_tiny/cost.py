@@ -1,4 +1,5 @@
-"""What models cost: multiply-accumulates, counted, and the training that follows from them."""
+"""What models cost: multiply-accumulates and bytes kept for the backward pass, counted, and the
+training that follows from them."""
 
 import json
 from pathlib import Path
@@ -51,3 +52,69 @@ def count_macs(model):
     with counter, torch.no_grad():
         model(torch.empty(1, 4 * round(model.sample_rate), device="meta"))
     return counter.get_total_flops() / 2 / 4
+
+
+class SavedBytes:
+    """Counts the unique bytes that autograd keeps for the backward pass, parameters aside.
+
+    They are the same on any device.
+
+    Args:
+        module (torch.nn.Module): Whose parameters are not counted.
+
+    Examples:
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> saved = SavedBytes(layer)
+        >>> with saved.count():
+        ...     _ = layer(torch.zeros(10, 8)).relu()  # keeps its input, and what relu gave
+        >>> saved.total
+        640
+    """
+
+    def __init__(self, module):
+        self.own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.kept = {}
+
+    def count(self):
+        """A context in which what is kept is counted."""
+
+        def pack(tensor):
+            # the tensor is held, so that no later one can have its address
+            self.kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    @property
+    def total(self):
+        kept = {key: tensor for key, tensor in self.kept.items() if key not in self.own}
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def saved_bytes(model, n_samples=16000):
+    """Bytes that a training step of one mixture keeps for its backward pass (int).
+
+    Of a model of this package with `checkpoint_activations`: those at the end of the forward pass
+    and those of the largest layer that is recomputed.
+    """
+    model.train()
+    checkpointed = getattr(getattr(model, "masker", None), "checkpoint_activations", False)
+    saved = SavedBytes(model)
+    with saved.count():
+        model(torch.randn(1, n_samples)).sum()
+    if not checkpointed:
+        return saved.total
+    segments = []
+
+    def count(layer, args):
+        inside = SavedBytes(layer)
+        with inside.count():
+            layer.forward(args[0].detach().requires_grad_(), *args[1:])
+        segments.append(inside.total)
+
+    layer = model.masker.intra[0].layers[0], model.masker.inter[0].layers[0]
+    hooks = [one.register_forward_pre_hook(count) for one in layer]
+    model(torch.randn(1, n_samples))
+    for hook in hooks:
+        hook.remove()
+    return saved.total + max(segments)

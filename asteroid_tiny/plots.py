@@ -23,6 +23,8 @@ class Axes:
         xs, ys (array-like): All values that are to be seen.
         x_label, y_label (str): Names of the axes.
         y_names (list of str, optional): Names at 0, 1, .. of the y axis in place of numbers.
+        log (str): The axes that are logarithmic: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
+        right (float): Margin on the right; `words` are written into it.
 
     Examples:
         >>> axes = Axes([0, 10], [0, 1], "time", "level")
@@ -31,8 +33,10 @@ class Axes:
         '<svg'
     """
 
-    def __init__(self, xs, ys, x_label, y_label, y_names=None):
-        self.x_ticks, self.y_ticks = nice_ticks(xs), nice_ticks(ys)
+    def __init__(self, xs, ys, x_label, y_label, y_names=None, log="", right=RIGHT):
+        self.log, self.right = log, right
+        self.x_ticks = (log_ticks if "x" in log else nice_ticks)(xs)
+        self.y_ticks = (log_ticks if "y" in log else nice_ticks)(ys)
         self.y_names = y_names
         if y_names:
             self.y_ticks = [-0.6, *range(len(y_names)), len(y_names) - 0.4]
@@ -40,9 +44,8 @@ class Axes:
         self.marks, self.names = [], []
 
     def _place(self, x, y):
-        x0, x1, y0, y1 = self.x_ticks[0], self.x_ticks[-1], self.y_ticks[0], self.y_ticks[-1]
-        across = LEFT + (np.asarray(x, float) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
-        down = HEIGHT - BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+        across = LEFT + _share(x, self.x_ticks, "x" in self.log) * (WIDTH - LEFT - self.right)
+        down = HEIGHT - BOTTOM - _share(y, self.y_ticks, "y" in self.log) * (HEIGHT - TOP - BOTTOM)
         return np.round(across, 1), np.round(down, 1)
 
     def dots(self, xs, ys, titles, name=None, colour=0):
@@ -73,6 +76,19 @@ class Axes:
         )
         self._name(name, colour)
 
+    def words(self, xs, ys, texts, colours):
+        """Writes a text to the right of each place, moved down where it would cover another."""
+        places = sorted(zip(*self._place(xs, ys)[::-1], texts, colours))
+        written = []
+        for y, x, text, colour in places:
+            near = [low for left, low in written if abs(left - x) < 90]
+            y = max([y, *(low + 11 for low in near)])
+            written.append((x, y))
+            self.marks.append(
+                f'<text x="{x + 5}" y="{y + 4}" font-size="10" fill="{COLOURS[colour]}">'
+                f"{html.escape(text)}</text>"
+            )
+
     def upright(self, x, y0, y1, title=""):
         """Draws a thick upright stroke."""
         (x, _), (top, bottom) = self._place([x, x], [y1, y0])
@@ -87,16 +103,16 @@ class Axes:
 
     def svg(self):
         """The picture as text."""
-        right, low = WIDTH - RIGHT, HEIGHT - BOTTOM
+        right, low = WIDTH - self.right, HEIGHT - BOTTOM
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
             'font-family="system-ui, sans-serif" font-size="12" fill="#333">'
         ]
-        for tick, x in zip(self.x_ticks, self._place(self.x_ticks, 0)[0]):
+        for tick, x in zip(self.x_ticks, self._place(self.x_ticks, self.y_ticks[0])[0]):
             parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{low}" stroke="#e4e4e4"/>')
             parts.append(f'<text x="{x}" y="{low + 15}" text-anchor="middle">{tick:g}</text>')
         names = dict(enumerate(self.y_names)) if self.y_names else None
-        for tick, y in zip(self.y_ticks, self._place(0, self.y_ticks)[1]):
+        for tick, y in zip(self.y_ticks, self._place(self.x_ticks[0], self.y_ticks)[1]):
             name = f"{tick:g}" if names is None else names.get(tick)
             if name is not None:
                 parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
@@ -146,6 +162,29 @@ def nice_ticks(values, n=6):
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]
+
+
+def log_ticks(values):
+    """1, 2 and 5 times powers of ten around positive values.
+
+    Examples:
+        >>> log_ticks([0.3, 9.4])
+        [0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+    """
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    first = max(tick for tick in ticks if tick <= low)
+    last = min(tick for tick in ticks if tick >= high and tick > first)
+    return [tick for tick in ticks if first <= tick <= last]
+
+
+def _share(values, ticks, log):
+    """How far values are on the way from the first tick to the last."""
+    values, first, last = np.asarray(values, float), ticks[0], ticks[-1]
+    if log:
+        values, first, last = np.log10(values), math.log10(first), math.log10(last)
+    return (values - first) / (last - first)
 
 
 def spectrogram(samples, top):

@@ -6,11 +6,11 @@ import asteroid
 import numpy as np
 import pytest
 import torch
-from memory import SavedBytes, saved_bytes
 from small import both_axes, both_classes, first_layer, n_parameters, shaken, small
 from torch import nn
 from torch.nn import functional as F
 
+from asteroid_tiny.cost import SavedBytes, saved_bytes
 from asteroid_tiny.layers import (
     INTER,
     INTRA,
