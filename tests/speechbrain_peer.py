@@ -1,55 +1,8 @@
-"""SpeechBrain's SepFormer: in one module, and as the folders that it publishes."""
+"""SpeechBrain's SepFormer as the folders that SpeechBrain publishes."""
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from small import shaken
-from speechbrain.lobes.models.dual_path import (
-    Decoder,
-    Dual_Path_Model,
-    Encoder,
-    SBTransformerBlock,
-)
-
-
-class SpeechBrainSepformer(torch.nn.Module):
-    """(batch, time) -> (batch, n_src, time), in the steps of SpeechBrain's `separate_batch`."""
-
-    def __init__(self, n_src=2, n_repeats=2, n_layers=8, chunk_size=250, norm="ln"):
-        super().__init__()
-
-        def stack():
-            return SBTransformerBlock(
-                num_layers=n_layers,
-                d_model=256,
-                nhead=8,
-                d_ffn=1024,
-                dropout=0,
-                use_positional_encoding=True,
-                norm_before=True,
-            )
-
-        self.n_src = n_src
-        self.encoder = Encoder(kernel_size=16, out_channels=256)
-        self.masknet = Dual_Path_Model(
-            in_channels=256,
-            out_channels=256,
-            intra_model=stack(),
-            inter_model=stack(),
-            num_layers=n_repeats,
-            norm=norm,
-            K=chunk_size,
-            num_spks=n_src,
-            skip_around_intra=True,
-            linear_layer_after_inter_intra=False,
-        )
-        self.decoder = Decoder(256, 1, kernel_size=16, stride=8, bias=False)
-
-    def forward(self, mixture):
-        encoded = self.encoder(mixture)
-        masked = self.masknet(encoded) * encoded
-        estimates = torch.stack([self.decoder(source) for source in masked], dim=1)
-        return torch.nn.functional.pad(estimates, (0, mixture.shape[1] - estimates.shape[2]))
-
 
 #: The layout of hyperparams.yaml in speechbrain/sepformer-wsj02mix and its sisters.
 HYPERPARAMS = """\

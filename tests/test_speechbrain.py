@@ -8,10 +8,11 @@ from memory import saved_bytes
 from small import n_parameters
 
 from asteroid_tiny import Sepformer, TinySepformer, from_pretrained
+from asteroid_tiny.peers import build_peer
 
 pytest.importorskip("speechbrain")
 from speechbrain.inference.separation import SepformerSeparation
-from speechbrain_peer import SpeechBrainSepformer, write_folder
+from speechbrain_peer import write_folder
 
 SMALL = dict(num_layers=2, d_ffn=64, K=50)
 
@@ -126,7 +127,7 @@ def test_it_can_be_stored_as_a_model_of_this_package(small_folder, tmp_path):
 
 
 def test_less_is_kept_for_backward_than_speechbrain_keeps():
-    peer = saved_bytes(SpeechBrainSepformer())
+    peer = saved_bytes(build_peer("speechbrain-sepformer"))
     assert saved_bytes(Sepformer.from_preset("sepformer")) <= 0.70 * peer
     assert saved_bytes(TinySepformer.from_preset("tiny-sepformer-s")) <= 0.62 * peer
     for model_class, preset in [(Sepformer, "sepformer"), (TinySepformer, "tiny-sepformer-s")]:
