@@ -32,7 +32,7 @@ from .errors import UserError
 from .files import whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
-from .preparation import open_list, open_split
+from .preparation import open_list, open_training
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
 
@@ -74,8 +74,7 @@ def train_model(exp_dir, settings):
     model = build_model(settings)
     if settings["init_from"]:
         copy_weights(model, settings["init_from"])
-    open_training = open_split if settings["dynamic_mixing"] else open_list
-    speech = open_training(exp_dir, settings, "train")
+    speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
