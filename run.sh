@@ -2,7 +2,7 @@
 # Trains and evaluates Tiny-Sepformer: ./run.sh --stage 0
 #
 #   --stage N         first stage (0): 0 speech, 1 mixture lists, 2 training, 3 evaluation,
-#                     4 publication
+#                     4 publication, 6 comparison
 #   --stop_stage N    last stage (3, or N of --stage if that is later)
 #   --recipe NAME     folder under egs/ (minispeech)
 #   --tag NAME        name of the run, its folder is egs/RECIPE/TinySepformer/exp/TAG
@@ -43,8 +43,8 @@ while [ $# -gt 0 ]; do
   case $name in
     help) help=1; shift; continue ;;
     stage | stop_stage)
-      case $2 in '' | *[!0-9]*) fail "--$name must be a stage from 0 to 4, not '$2'" ;; esac
-      [ "$2" -le 4 ] || fail "--$name must be a stage from 0 to 4, not '$2'"
+      case $2 in '' | *[!0-9]*) fail "--$name must be a stage from 0 to 6, not '$2'" ;; esac
+      [ "$2" -le 6 ] || fail "--$name must be a stage from 0 to 6, not '$2'"
       eval "$name=\$2" ;;
     recipe | tag | id | python_path) eval "$name=\$2" ;;
     *) settings+=("--$name" "$2") ;;
@@ -90,4 +90,7 @@ if begin 3 "evaluation"; then
 fi
 if begin 4 "publication"; then
   "$python" "$root/local/publish.py" "$exp"
+fi
+if begin 6 "comparison"; then
+  "$python" "$root/local/compare.py" "$exp"
 fi

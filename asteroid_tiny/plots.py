@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1")
+COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1", "#b08a1e", "#3aa0a8", "#c2578f", "#666666")
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 14, 40  # margins around the axes
 RANGE_DB = 70.0  # of a spectrogram
@@ -23,6 +23,7 @@ class Axes:
         xs, ys (array-like): All values that are to be seen.
         x_label, y_label (str): Names of the axes.
         y_names (list of str, optional): Names at 0, 1, .. of the y axis in place of numbers.
+        log_x (bool): Whether the x axis is logarithmic.
 
     Examples:
         >>> axes = Axes([0, 10], [0, 1], "time", "level")
@@ -31,8 +32,10 @@ class Axes:
         '<svg'
     """
 
-    def __init__(self, xs, ys, x_label, y_label, y_names=None):
-        self.x_ticks, self.y_ticks = nice_ticks(xs), nice_ticks(ys)
+    def __init__(self, xs, ys, x_label, y_label, y_names=None, log_x=False):
+        self.log_x = log_x
+        self.x_ticks = log_ticks(xs) if log_x else nice_ticks(xs)
+        self.y_ticks = nice_ticks(ys)
         self.y_names = y_names
         if y_names:
             self.y_ticks = [-0.6, *range(len(y_names)), len(y_names) - 0.4]
@@ -41,6 +44,8 @@ class Axes:
 
     def _place(self, x, y):
         x0, x1, y0, y1 = self.x_ticks[0], self.x_ticks[-1], self.y_ticks[0], self.y_ticks[-1]
+        if self.log_x:
+            x, x0, x1 = np.log(x), np.log(x0), np.log(x1)
         across = LEFT + (np.asarray(x, float) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         down = HEIGHT - BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
         return np.round(across, 1), np.round(down, 1)
@@ -73,11 +78,13 @@ class Axes:
         )
         self._name(name, colour)
 
-    def upright(self, x, y0, y1, title=""):
-        """Draws a thick upright stroke."""
+    def upright(self, x, y0, y1, title="", colour=None):
+        """Draws a thick upright stroke, or a fine one in a colour."""
+        stroke, width = ("#222", 2) if colour is None else (COLOURS[colour], 0.8)
         (x, _), (top, bottom) = self._place([x, x], [y1, y0])
         self.marks.append(
-            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="#222" stroke-width="2">'
+            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="{stroke}" '
+            f'stroke-width="{width}">'
             f"<title>{html.escape(title)}</title></line>"
         )
 
@@ -92,11 +99,11 @@ class Axes:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
             'font-family="system-ui, sans-serif" font-size="12" fill="#333">'
         ]
-        for tick, x in zip(self.x_ticks, self._place(self.x_ticks, 0)[0]):
+        for tick, x in zip(self.x_ticks, self._place(self.x_ticks, self.y_ticks[0])[0]):
             parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{low}" stroke="#e4e4e4"/>')
             parts.append(f'<text x="{x}" y="{low + 15}" text-anchor="middle">{tick:g}</text>')
         names = dict(enumerate(self.y_names)) if self.y_names else None
-        for tick, y in zip(self.y_ticks, self._place(0, self.y_ticks)[1]):
+        for tick, y in zip(self.y_ticks, self._place(self.x_ticks[0], self.y_ticks)[1]):
             name = f"{tick:g}" if names is None else names.get(tick)
             if name is not None:
                 parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
@@ -111,11 +118,14 @@ class Axes:
             f'<text transform="translate(11 {(TOP + low) / 2}) rotate(-90)" '
             f'text-anchor="middle">{y_label}</text>'
         )
-        x = LEFT + 8
+        x, y = LEFT + 8, TOP + 8
         for name, colour in self.names:
-            parts.append(f'<circle cx="{x}" cy="{TOP + 8}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 8}" y="{TOP + 12}">{html.escape(name)}</text>')
-            x += 24 + 6.2 * len(name)
+            width = 24 + 6.2 * len(name)
+            if x + width > WIDTH and x > LEFT + 8:
+                x, y = LEFT + 8, y + 15
+            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 8}" y="{y + 4}">{html.escape(name)}</text>')
+            x += width
         return "\n".join([*parts, "</svg>"])
 
 
@@ -146,6 +156,21 @@ def nice_ticks(values, n=6):
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]
+
+
+def log_ticks(values):
+    """Values of the form 1, 2 or 5 times a power of ten, around positive values.
+
+    Examples:
+        >>> log_ticks([0.3, 4])
+        [0.2, 0.5, 1.0, 2.0, 5.0]
+    """
+    low, high = min(values), max(values)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    steps = [float(f"{factor}e{power}") for power in powers for factor in (1, 2, 5)]
+    below = max(step for step in steps if step <= low * 0.999)
+    above = min(step for step in [*steps, 10 * steps[-1]] if step >= high * 1.001)
+    return [step for step in steps if below <= step <= above]
 
 
 def spectrogram(samples, top):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from .config import FOLDERS, OF_THE_MACHINE, PUBLICATION, read_conf
+from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf
 from .cost import training_cost
 from .errors import UserError
 from .files import whole_file
@@ -234,7 +234,7 @@ def run_command(exp_dir, settings):
     given = {
         key: value
         for key, value in settings.items()
-        if key not in (*OF_THE_MACHINE, *PUBLICATION) and value != defaults.get(key)
+        if key not in MAY_CHANGE and value != defaults.get(key)
     }
     options = {"stage": 0, "recipe": Path(exp_dir).resolve().parents[2].name, **given}
     told = (f"--{key} {shlex.quote(str(value))}" for key, value in options.items())

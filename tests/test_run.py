@@ -70,7 +70,7 @@ def test_help_lists_every_setting_with_the_default_of_the_recipe():
         (["--speed", "3"], "no option --speed"),
         (["stage", "0"], "stage is no option"),
         (["--stage"], "--stage needs a value"),
-        (["--stage", "four"], "must be a stage from 0 to 4, not 'four'"),
+        (["--stage", "four"], "must be a stage from 0 to 6, not 'four'"),
         (["--stage", "-1"], "must be a stage"),
         (["--recipe", "none"], "no recipe 'none'; there are: librimix minispeech"),
         (["--tag", "../x"], "must be a plain name"),
