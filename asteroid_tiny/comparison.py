@@ -35,20 +35,21 @@ from .models import PRESETS, TinySepformer
 from .peers import PEERS, build_peer
 from .plots import COLOURS, Axes, side_by_side
 from .preparation import list_path, make_lists, open_list, open_training, prepare_speech
-from .recipe import build_model
+from .recipe import build_model, without_paths
 from .summary import mean_interval
 
 #: The contenders of the group ``models``.
 MODELS = (*PRESETS, "conv-tasnet", "dprnn")
 BASE = "base"  # the run's own model, from which the others of the group ``ablation`` differ
-NOTES = """SI-SDRi in dB on {n_valid} validation mixtures, with its 95 % bootstrap interval over
+NOTES = """\
+SI-SDRi in dB on {n_valid} validation mixtures, with its 95 % bootstrap interval over
 speaker pairs. It tells how another list of mixtures may differ, not another seed of the training.
 All contenders were trained from scratch on the same batches (seed {seed}; {batch_size} mixtures of
 {segment:g} s a step) with AdamW at a rate of {lr:g}, which rises over the first tenth of the
 {budget_steps} steps and then stays. GMAC are of a second of audio; "s a step" is the median; MB are
 the most that a step holds beyond the loaded model. Times are of the device without the mixing and
 the validations: by the clock on a GPU, the CPU time of all threads on a CPU. Measured on:
-{devices}."""
+{measured_on}."""
 MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, "contenders")  # between two starts of one comparison
 
 
@@ -204,7 +205,8 @@ def train_contender(exp_dir, settings, name):
     torch.manual_seed(settings["seed"])
     model = build_contender(name, settings)
     with torch.device("meta"):
-        macs = count_macs(build_contender(name, settings))
+        shapes = build_contender(name, settings)
+    macs = count_macs(shapes)
     system = build_system(model, open_training(exp_dir, settings), None, conf)
     points = Points(open_list(exp_dir, settings, "valid"), conf)
     trainer = build_trainer(folder, conf, [points], max_epochs=-1, limit_val_batches=0)
@@ -237,11 +239,15 @@ def write_comparison(folder, settings):
                 break
     groups = {group: [n for n in names if n in results] for group, names in groups.items()}
     groups = {group: names for group, names in groups.items() if names}
-    whole = {"settings": settings, "groups": groups, "contenders": results}
+    whole = {"settings": without_paths(settings), "groups": groups, "contenders": results}
     pictures = [draw({name: results[name] for name in names}) for names in groups.values()]
-    _write(folder / "comparison.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
-    _write(folder / "comparison.svg", side_by_side(pictures))
-    _write(folder / "comparison.md", format_comparison(whole))
+    texts = {
+        "json": json.dumps(whole, indent=1, allow_nan=False) + "\n",
+        "svg": side_by_side(pictures),
+        "md": format_comparison(whole),
+    }
+    for suffix, text in texts.items():
+        _write(folder / f"comparison.{suffix}", text)
     return results
 
 
@@ -257,7 +263,7 @@ def format_comparison(whole):
     settings, results = whole["settings"], whole["contenders"]
     devices = {result["device"] for result in results.values() if "device" in result}
     parts = ["# Comparison"]
-    parts += [NOTES.format(devices="; ".join(sorted(devices)) or "no device yet", **settings)]
+    parts += [NOTES.format(measured_on="; ".join(sorted(devices)) or "nothing yet", **settings)]
     for group, names in whole["groups"].items():
         base = results.get(BASE) if group == "ablation" else None
         rows = [_row(name, results[name], settings, base) for name in names]
