@@ -183,14 +183,32 @@ def spectrogram(samples, top):
     Returns:
         bytes: The file; low frequencies are below.
     """
-    levels = _levels(samples)
-    shades = np.clip((levels - top) / RANGE_DB + 1, 0, 1) * 255
-    return _png(np.round(shades).astype(np.uint8).T[::-1])
+    return _png(_shades(samples, top))
+
+
+def stacked_spectrograms(signals):
+    """Spectrograms of signals one above the other, with the same colours.
+
+    Args:
+        signals (list of numpy.ndarray): (time,)
+
+    Returns:
+        bytes: A PNG file.
+    """
+    panels = [_shades(samples, loudest(signals)) for samples in signals]
+    panels = [panel // 16 * 16 for panel in panels]  # fewer colours, a smaller file
+    gaps = [np.full((6, panel.shape[1]), 255, np.uint8) for panel in panels]
+    return _png(np.concatenate([part for both in zip(panels, gaps) for part in both][:-1]))
 
 
 def loudest(signals):
     """The highest level in the spectrograms of signals, in dB."""
     return max(float(_levels(samples).max()) for samples in signals)
+
+
+def _shades(samples, top):
+    shades = np.clip((_levels(samples) - top) / RANGE_DB + 1, 0, 1) * 255
+    return np.round(shades).astype(np.uint8).T[::-1]
 
 
 def _levels(samples, size=256):
