@@ -1,4 +1,4 @@
-"""Makes the example mixture, its picture, and figures of the packaged weights, from the speech here.
+"""Makes the example mixture, its picture, and figures of the packaged weights, from the pack.
 
     python egs/minispeech/TinySepformer/local/make_example.py
 
