@@ -2,7 +2,8 @@
 # Trains and evaluates Tiny-Sepformer: ./run.sh --stage 0
 #
 #   --stage N         first stage (0): 0 speech, 1 mixture lists, 2 training, 3 evaluation,
-#                     4 publication, 5 benchmark of the presets and their peers (needs no other)
+#                     4 publication, 5 benchmark of the presets and their peers (needs no other),
+#                     6 comparison of models trained at equal budgets
 #   --stop_stage N    last stage (3, or N of --stage if that is later)
 #   --recipe NAME     folder under egs/ (minispeech)
 #   --tag NAME        name of the run, its folder is egs/RECIPE/TinySepformer/exp/TAG
@@ -94,4 +95,7 @@ if begin 4 "publication"; then
 fi
 if begin 5 "benchmark"; then
   "$python" "$root/local/benchmark.py" "$exp"
+fi
+if begin 6 "comparison"; then
+  "$python" "$root/local/compare.py" "$exp"
 fi

@@ -1,8 +1,16 @@
 """Compact speech separation for Asteroid: Tiny-Sepformer, its baseline and the road around them."""
 
 from .errors import UserError
-from .hub import list_models
+from .hub import example_mixture, list_models
 from .models import PRESETS, Sepformer, TinySepformer, from_pretrained
 
-__all__ = ["PRESETS", "Sepformer", "TinySepformer", "UserError", "from_pretrained", "list_models"]
+__all__ = [
+    "PRESETS",
+    "Sepformer",
+    "TinySepformer",
+    "UserError",
+    "example_mixture",
+    "from_pretrained",
+    "list_models",
+]
 __version__ = "0.1.0"

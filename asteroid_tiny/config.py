@@ -17,7 +17,7 @@ from .files import whole_file
 
 #: Folders of corpora.
 FOLDERS = ("librispeech_dir", "wham_dir", "metadata_dir", "librimix_dir")
-#: Settings that may differ between two starts of one run.
+#: Settings that name places and numbers of one machine.
 OF_THE_MACHINE = (
     "accelerator",
     "devices",
@@ -32,9 +32,14 @@ OF_THE_MACHINE = (
 PUBLICATION = ("data_name", "data_licence", "data_url", "data_author", "licence", "half")
 #: Settings of the benchmark, which change nothing of a run.
 BENCHMARK = ("bench_models", "bench_lengths", "bench_limit")
+#: Settings of the comparison, which change nothing of a run.
+COMPARISON = ("contenders", "budget_steps", "budget_minutes", "budget_points")
+#: Settings that may differ between two starts of one run.
+MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK, *COMPARISON)
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
-    "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers"
+    "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers "
+    "budget_minutes"
 ).split()
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100}
@@ -172,23 +177,24 @@ def parse_options(options, known):
     return given
 
 
-def begin_run(exp_dir, settings, given):
+def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
 
     A run that was begun before keeps its settings; options that say otherwise are refused, but
-    for those of the machine, the publication and the benchmark.
+    for those that may change.
 
     Args:
         exp_dir (str or Path): Folder of the run.
         settings (dict): Defaults merged with the options given now.
         given (dict): The options given now.
+        may_change (tuple of str): Settings that may differ between two starts.
 
     Returns:
         dict: The settings of the run.
     """
     path = Path(exp_dir) / "conf.yml"
     if path.exists():
-        begun, may_change = read_conf(path), (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK)
+        begun = read_conf(path)
         for key, value in given.items():
             if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(

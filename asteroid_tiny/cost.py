@@ -3,9 +3,11 @@ training that follows from them."""
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from . import layers
 from .models import PRESETS
 
 FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
@@ -95,7 +97,7 @@ def saved_bytes(model, n_samples=16000):
     """Bytes that a training step of one mixture keeps for its backward pass (int).
 
     Of a model of this package with `checkpoint_activations`: those at the end of the forward pass
-    and those of the largest layer that is recomputed.
+    and those of the largest part that is recomputed at once.
     """
     model.train()
     checkpointed = getattr(getattr(model, "masker", None), "checkpoint_activations", False)
@@ -106,15 +108,13 @@ def saved_bytes(model, n_samples=16000):
         return saved.total
     segments = []
 
-    def count(layer, args):
-        inside = SavedBytes(layer)
+    def count(segment, x, axis, **options):
+        inside = SavedBytes(model)
         with inside.count():
-            layer.forward(args[0].detach().requires_grad_(), *args[1:])
+            segment(x.detach().requires_grad_(), axis)
         segments.append(inside.total)
+        return segment(x, axis)
 
-    layer = model.masker.intra[0].layers[0], model.masker.inter[0].layers[0]
-    hooks = [one.register_forward_pre_hook(count) for one in layer]
-    model(torch.randn(1, n_samples))
-    for hook in hooks:
-        hook.remove()
+    with mock.patch.object(layers, "checkpoint", count), torch.random.fork_rng():
+        model(torch.randn(1, n_samples))
     return saved.total + max(segments)

@@ -13,13 +13,17 @@ class UserError(ValueError):
     """Something that the user supplied is wrong; the message is one sentence that says what."""
 
 
+def sentence(error):
+    """The sentence of a `UserError`, which a data loader's worker wraps in a traceback (str)."""
+    last = str(error).splitlines()[-1]
+    return last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+
+
 @contextlib.contextmanager
 def exit_on_user_error():
     """Turns a `UserError` into one line on stderr and exit status 2 (for command lines)."""
     try:
         yield
     except UserError as error:
-        sentence = str(error).splitlines()[-1]  # a data loader's worker wraps it in a traceback
-        sentence = sentence.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)

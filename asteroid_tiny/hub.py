@@ -24,6 +24,16 @@ PICKLED = "pytorch_model.bin"  # the one file that plain Asteroid takes from the
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def example_mixture():
+    """Path of a mixture of two real speakers that comes with the package (str).
+
+    Examples:
+        >>> example_mixture().endswith("mixture.flac")
+        True
+    """
+    return str(ZOO / "example" / "mixture.flac")
+
+
 def list_models():
     """The models that come with this package and need no network.
 

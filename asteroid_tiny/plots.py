@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1")
+COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1", "#b08a1e", "#3aa0a8", "#c2578f", "#666666")
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 14, 40  # margins around the axes
 RANGE_DB = 70.0  # of a spectrogram
@@ -89,11 +89,13 @@ class Axes:
                 f"{html.escape(text)}</text>"
             )
 
-    def upright(self, x, y0, y1, title=""):
-        """Draws a thick upright stroke."""
+    def upright(self, x, y0, y1, title="", colour=None):
+        """Draws a thick upright stroke, or a fine one in a colour."""
+        stroke, width = ("#222", 2) if colour is None else (COLOURS[colour], 0.8)
         (x, _), (top, bottom) = self._place([x, x], [y1, y0])
         self.marks.append(
-            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="#222" stroke-width="2">'
+            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" stroke="{stroke}" '
+            f'stroke-width="{width}">'
             f"<title>{html.escape(title)}</title></line>"
         )
 
@@ -127,11 +129,14 @@ class Axes:
             f'<text transform="translate(11 {(TOP + low) / 2}) rotate(-90)" '
             f'text-anchor="middle">{y_label}</text>'
         )
-        x = LEFT + 8
+        x, y = LEFT + 8, TOP + 8
         for name, colour in self.names:
-            parts.append(f'<circle cx="{x}" cy="{TOP + 8}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 8}" y="{TOP + 12}">{html.escape(name)}</text>')
-            x += 24 + 6.2 * len(name)
+            width = 24 + 6.2 * len(name)
+            if x + width > WIDTH and x > LEFT + 8:
+                x, y = LEFT + 8, y + 15
+            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 8}" y="{y + 4}">{html.escape(name)}</text>')
+            x += width
         return "\n".join([*parts, "</svg>"])
 
 
@@ -197,14 +202,32 @@ def spectrogram(samples, top):
     Returns:
         bytes: The file; low frequencies are below.
     """
-    levels = _levels(samples)
-    shades = np.clip((levels - top) / RANGE_DB + 1, 0, 1) * 255
-    return _png(np.round(shades).astype(np.uint8).T[::-1])
+    return _png(_shades(samples, top))
+
+
+def stacked_spectrograms(signals):
+    """Spectrograms of signals one above the other, with the same colours.
+
+    Args:
+        signals (list of numpy.ndarray): (time,)
+
+    Returns:
+        bytes: A PNG file.
+    """
+    panels = [_shades(samples, loudest(signals)) for samples in signals]
+    panels = [panel // 16 * 16 for panel in panels]  # fewer colours, a smaller file
+    gaps = [np.full((6, panel.shape[1]), 255, np.uint8) for panel in panels]
+    return _png(np.concatenate([part for both in zip(panels, gaps) for part in both][:-1]))
 
 
 def loudest(signals):
     """The highest level in the spectrograms of signals, in dB."""
     return max(float(_levels(samples).max()) for samples in signals)
+
+
+def _shades(samples, top):
+    shades = np.clip((_levels(samples) - top) / RANGE_DB + 1, 0, 1) * 255
+    return np.round(shades).astype(np.uint8).T[::-1]
 
 
 def _levels(samples, size=256):

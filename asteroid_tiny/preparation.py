@@ -172,3 +172,9 @@ def open_list(exp_dir, settings, split):
     """The `MixtureList` of a split."""
     speech, noise = (open_it(exp_dir, settings, split) for open_it in (open_split, open_noise))
     return MixtureList(speech, list_path(exp_dir, split), noise)
+
+
+def open_training(exp_dir, settings):
+    """What `train` draws or takes its mixtures from: a `SpeechDir` or a `MixtureList`."""
+    open_it = open_split if settings["dynamic_mixing"] else open_list
+    return open_it(exp_dir, settings, "train")

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-from .config import BENCHMARK, FOLDERS, OF_THE_MACHINE, PUBLICATION, read_conf
+from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf
 from .cost import training_cost
 from .errors import UserError
 from .files import whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
-from .preparation import open_list, open_split
+from .preparation import open_list, open_training
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
 
@@ -74,8 +74,7 @@ def train_model(exp_dir, settings):
     model = build_model(settings)
     if settings["init_from"]:
         copy_weights(model, settings["init_from"])
-    open_training = open_split if settings["dynamic_mixing"] else open_list
-    speech = open_training(exp_dir, settings, "train")
+    speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
     began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
@@ -235,7 +234,7 @@ def run_command(exp_dir, settings):
     given = {
         key: value
         for key, value in settings.items()
-        if key not in (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK) and value != defaults.get(key)
+        if key not in MAY_CHANGE and value != defaults.get(key)
     }
     options = {"stage": 0, "recipe": Path(exp_dir).resolve().parents[2].name, **given}
     told = (f"--{key} {shlex.quote(str(value))}" for key, value in options.items())

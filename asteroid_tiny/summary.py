@@ -74,6 +74,28 @@ def _intervals(values, pairs, seed):
             yield metric, *np.percentile(means, (2.5, 97.5)).tolist()
 
 
+def mean_interval(values, speakers, seed=0):
+    """The mean of a metric over mixtures, with its 95 % bootstrap interval over speaker pairs.
+
+    Args:
+        values (list of float): One a mixture.
+        speakers (list of tuple of str): Who speaks in each mixture.
+        seed (int): Of the bootstrap.
+
+    Returns:
+        tuple of float: Mean, low and high; None for both bounds of fewer than 3 speaker pairs.
+
+    Examples:
+        >>> mean, low, high = mean_interval([1, 2, 3], [("a", "b"), ("b", "a"), ("c", "a")])
+        >>> mean, low, high
+        (2.0, None, None)
+    """
+    pairs = pd.Series([" ".join(sorted(names)) for names in speakers])
+    table = pd.DataFrame({"value": values}, dtype=float)
+    ((_, low, high),) = _intervals(table, pairs, seed)
+    return float(table.value.mean()), low, high
+
+
 def format_table(summary):
     """The summary as a plain-text table of at most 100 columns.
 

@@ -198,35 +198,58 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         UserError: If a checkpoint is broken, the disk is full or the loss is no number.
     """
     exp_dir = Path(exp_dir)
-    pl.seed_everything(conf["seed"], verbose=False)
     epochs = max(1, round(conf["steps"] / conf["steps_per_epoch"]))
-    total_steps = epochs * conf["steps_per_epoch"]
+    conf = {**conf, "steps": epochs * conf["steps_per_epoch"]}
+    system = build_system(model, train_speech, valid_set, conf)
+    best = checkpoints(exp_dir, "best", monitor="val_loss")
+    trainer = build_trainer(exp_dir, conf, [best], max_epochs=epochs)
+    fit(trainer, system, exp_dir)
+    if not trainer.is_global_zero:
+        return None
+    weights = load_weights_only(best.best_model_path)["state_dict"]
+    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
+
+
+def build_system(model, train_speech, valid_set, conf):
+    """What Lightning trains: the model with its batches, loss, optimiser and schedule.
+
+    Args:
+        model, train_speech, conf: As in `train`; `steps` is a multiple of `steps_per_epoch`.
+        valid_set (MixtureList): As in `train`; None to go without.
+    """
+    pl.seed_everything(conf["seed"], verbose=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=conf["lr"], weight_decay=conf["weight_decay"]
     )
     schedule = Schedule(
         optimizer,
-        total_steps,
+        conf["steps"],
         *(conf[key] for key in ("warmup_steps", "cooldown_steps", "patience", "hold_steps")),
     )
-    system = SeparationSystem(
+    return SeparationSystem(
         model=model,
         optimizer=optimizer,
         loss_func=separation_loss,
         train_loader=training_loader(train_speech, conf),
-        val_loader=DataLoader(
-            valid_set,
-            batch_size=per_process(conf) if valid_set.is_of_one_length() else 1,
-            sampler=SharedOut(len(valid_set)),
-        ),
+        val_loader=None if valid_set is None else validation_loader(valid_set, conf),
         scheduler={"scheduler": schedule, "interval": "step"},
         config=conf,
     )
-    best = checkpoints(exp_dir, "best", monitor="val_loss")
+
+
+def build_trainer(exp_dir, conf, callbacks, **options):
+    """Lightning's trainer, which logs into a folder and keeps the last checkpoint there.
+
+    Args:
+        exp_dir (Path): The folder.
+        conf (dict): As in `train`.
+        callbacks (list): More callbacks.
+        **options: More arguments of the trainer.
+    """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     board = TensorBoardLogger(exp_dir, "logs")
-    trainer = pl.Trainer(
-        max_epochs=epochs,
+    return pl.Trainer(
         accelerator=conf["accelerator"],
         devices=conf["devices"],
         num_nodes=conf["num_nodes"],
@@ -236,7 +259,7 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         default_root_dir=exp_dir,
         logger=[board, CSVLogger(exp_dir, "logs", version=board.version)],
         callbacks=[
-            best,
+            *callbacks,
             checkpoints(exp_dir, "last"),
             RandomStates(),
             LearningRateMonitor("step"),
@@ -247,20 +270,19 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        **options,
     )
+
+
+def fit(trainer, system, exp_dir):
+    """Trains on from the last checkpoint if there is one (Trainer, SeparationSystem, Path).
+
+    Raises:
+        UserError: If another process of the training died.
+    """
     last = exp_dir / "checkpoints" / "last.ckpt"
-    fit(trainer, system, str(last) if last.exists() else None)
-    if not trainer.is_global_zero:
-        return None
-    weights = load_weights_only(best.best_model_path)["state_dict"]
-    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
-    return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
-
-
-def fit(trainer, system, checkpoint):
-    """`trainer.fit`, with a sentence where another process of the training died."""
     try:
-        trainer.fit(system, ckpt_path=checkpoint)
+        trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
     except RuntimeError as error:
         if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
@@ -334,6 +356,15 @@ def training_loader(speech, conf):
         num_workers=conf["num_workers"],
         persistent_workers=conf["num_workers"] > 0,
         pin_memory=torch.cuda.is_available(),
+    )
+
+
+def validation_loader(valid_set, conf):
+    """Batches of validation mixtures; one at a time if they differ in length."""
+    return DataLoader(
+        valid_set,
+        batch_size=per_process(conf) if valid_set.is_of_one_length() else 1,
+        sampler=SharedOut(len(valid_set)),
     )
 
 

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+import soundfile as sf
+
 from asteroid_tiny.config import merge, read_recipe
+from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.preparation import make_lists, prepare_speech
 from asteroid_tiny.recipe import evaluate_model, train_model
 
@@ -47,3 +51,17 @@ def prepare(tmp_path, recipe, **changes):
     prepare_speech(exp_dir, settings)
     make_lists(exp_dir, settings)
     return exp_dir, settings
+
+
+def few_minutes(pack, folder):
+    """Writes a part of the embedded speech: 20 s of three speakers a split, as wav files."""
+    for split in ("train", "valid", "test"):
+        speech = SpeechDir(pack / split)
+        (folder / split).mkdir(parents=True)
+        speakers = list(speech.by_speaker)[:3]
+        for speaker in speakers:
+            samples = [speech.read(utterance) for utterance in speech.by_speaker[speaker][:5]]
+            sf.write(folder / split / f"{speaker}.wav", np.concatenate(samples)[:160000], 8000)
+        (folder / split / "wav.scp").write_text("".join(f"{s} {s}.wav\n" for s in speakers))
+        (folder / split / "utt2spk").write_text("".join(f"{s} {s}\n" for s in speakers))
+    return folder

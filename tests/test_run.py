@@ -10,14 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+import recipes
 import soundfile as sf
 import torch
 import yaml
 
 from asteroid_tiny import TinySepformer
-from asteroid_tiny.data import SpeechDir
 
 ROOT = Path(__file__).resolve().parents[1]
 EXP = ROOT / "egs" / "minispeech" / "TinySepformer" / "exp"
@@ -124,18 +123,8 @@ def test_stages_from_speech_to_results(tag):
 
 @pytest.fixture
 def few_minutes(pack, tmp_path):
-    """A part of the embedded speech: 20 s of three speakers a split, as wav files."""
-    for split in ("train", "valid", "test"):
-        speech = SpeechDir(pack / split)
-        folder = tmp_path / "speech" / split
-        folder.mkdir(parents=True)
-        speakers = list(speech.by_speaker)[:3]
-        for speaker in speakers:
-            samples = [speech.read(utterance) for utterance in speech.by_speaker[speaker][:5]]
-            sf.write(folder / f"{speaker}.wav", np.concatenate(samples)[:160000], 8000)
-        (folder / "wav.scp").write_text("".join(f"{s} {s}.wav\n" for s in speakers))
-        (folder / "utt2spk").write_text("".join(f"{s} {s}\n" for s in speakers))
-    return ["--speech", str(tmp_path / "speech")]
+    """A part of the embedded speech, as an option."""
+    return ["--speech", str(recipes.few_minutes(pack, tmp_path / "speech"))]
 
 
 def test_a_killed_run_continues_and_ends_alike(tag, few_minutes):

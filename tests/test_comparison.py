@@ -1,0 +1,222 @@
+"""The comparison on real speech: the same batches for all, budgets, kills, failures, tables."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipes import few_minutes, prepare
+
+from asteroid_tiny import comparison, peers
+from asteroid_tiny.comparison import (
+    ablations,
+    budget_points,
+    build_contender,
+    choose,
+    compare,
+    format_comparison,
+    train_contender,
+)
+from asteroid_tiny.data import MixtureList
+from asteroid_tiny.evaluation import measure, separate
+from asteroid_tiny.measuring import improvements
+from asteroid_tiny.preparation import open_list
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(
+    n_valid=6,
+    n_test=2,
+    eval_segment=1.0,
+    budget_steps=4,
+    budget_minutes=0.0,
+    budget_points=2,
+    contenders="base,kernel-3",
+)
+
+
+@pytest.fixture(scope="module")
+def run(pack, tmp_path_factory):
+    """A run with lists, of 20 s of three speakers a split: its folder and settings."""
+    folder = tmp_path_factory.mktemp("run")
+    speech = str(few_minutes(pack, folder / "speech"))
+    return prepare(folder, "minispeech", speech=speech, check=False, **TINY)
+
+
+@pytest.fixture
+def fresh(run, tmp_path):
+    """The same run in a folder of its own."""
+    exp_dir = tmp_path / "recipe" / "exp" / "run"
+    (exp_dir / "lists").mkdir(parents=True)
+    for path in (run[0] / "lists").iterdir():
+        (exp_dir / "lists" / path.name).write_bytes(path.read_bytes())
+    return exp_dir, dict(run[1])
+
+
+def result_of(exp_dir, name):
+    return json.loads((exp_dir / "comparison" / name / "result.json").read_text())
+
+
+def test_contenders_change_one_thing(run):
+    _, settings = run
+    base = build_contender("base", settings).get_model_args()
+    for name, changes in ablations(settings).items():
+        sizes = build_contender(name, settings).get_model_args()
+        assert {key for key in sizes if sizes[key] != base[key]} == set(changes)
+    assert set(ablations(settings)) >= {"no-sharing", "no-convolution", "kernel-31", "path-norm"}
+    unshared = ablations({**settings, "share_layers": False})
+    assert "sharing" in unshared and "no-sharing" not in unshared
+
+
+def test_presets_have_their_own_sizes(run):
+    model = build_contender("tiny-sepformer-xs", run[1])  # the recipe's filters are longer
+    assert sum(parameter.numel() for parameter in model.parameters()) == 470_529
+
+
+def test_groups_and_names_are_chosen(run, refused):
+    _, settings = run
+    found = choose({**settings, "contenders": "models, base,dprnn"})
+    assert found == [*comparison.MODELS, "base"]
+    with refused("no contender 'kernel-4'", "kernel-3", "conv-tasnet"):
+        choose({**settings, "contenders": "base,kernel-4"})
+
+
+def test_all_contenders_see_the_same_batches(fresh, monkeypatch):
+    exp_dir, settings = fresh
+    small = peers.Peer(
+        peers.asteroid_model("ConvTasNet", n_filters=16, n_blocks=1, n_repeats=1), "asteroid", ""
+    )
+    monkeypatch.setitem(peers.PEERS, "conv-tasnet", small)
+    seen = {}
+    for name in ("base", "conv-tasnet"):
+        model = build_contender(name, settings)
+        inputs = seen[name] = []
+        model.register_forward_pre_hook(
+            lambda module, args: inputs.append(args[0].clone()) if module.training else None
+        )
+        monkeypatch.setattr(comparison, "build_contender", lambda *_, model=model: model)
+        monkeypatch.setattr(comparison, "count_macs", lambda _: 1.0)
+        train_contender(exp_dir, settings, name)
+    assert len(seen["base"]) == len(seen["conv-tasnet"]) == 4
+    assert all(map(torch.equal, seen["base"], seen["conv-tasnet"]))
+    assert not torch.equal(seen["base"][0], seen["base"][1])
+    first, second = (result_of(exp_dir, name)["points"] for name in seen)
+    assert [p["batches"] for p in first] == [p["batches"] for p in second]
+    assert [p["steps"] for p in first] == [2, 4]
+
+
+def test_points_of_both_budgets(fresh):
+    exp_dir, settings = fresh
+    settings |= {"budget_minutes": 0.02}
+    train_contender(exp_dir, settings, "base")
+    result = result_of(exp_dir, "base")
+    points = result["points"]
+    assert {2, 4} <= {point["steps"] for point in points}
+    assert points[-1]["seconds"] >= 1.2 > points[-2]["seconds"]  # and not a step more
+    assert any(0.6 <= p["seconds"] for p in points[:-1])
+    assert 0 < result["step_seconds"] < 1.2 and result["step_memory"] >= 0
+    assert re.match(r"CPU \(.+\), \d+ thread", result["device"])
+
+
+def test_si_sdri_is_that_of_the_evaluation(run):
+    exp_dir, settings = run
+    valid, model = open_list(exp_dir, settings, "valid"), build_contender("base", settings)
+    assert isinstance(valid, MixtureList)
+    values = improvements(model, valid, settings)
+    assert model.training
+    model.eval()
+    expected = [measure(*separate(model, valid, i), 8000)["si_sdr_i"] for i in range(len(valid))]
+    assert values == pytest.approx(expected, abs=0.02)
+
+
+START = """
+import json, sys
+from asteroid_tiny.comparison import compare
+from asteroid_tiny.errors import exit_on_user_error
+if __name__ == "__main__":
+    with exit_on_user_error():
+        compare(sys.argv[1], json.loads(sys.argv[2]))
+"""
+
+
+def test_a_killed_comparison_continues_and_names_who_failed(fresh, tmp_path):
+    exp_dir, settings = fresh
+    settings |= {"budget_steps": 40, "budget_points": 8}
+    train_contender(exp_dir, settings, "kernel-3")  # at one go, to compare with
+    whole = result_of(exp_dir, "kernel-3")
+    for path in sorted((exp_dir / "comparison").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+    (tmp_path / "start.py").write_text(START)
+    settings |= {"contenders": "kernel-3,speechbrain-sepformer"}
+    (tmp_path / "speechbrain.py").write_text("raise ImportError")  # as if it were not installed
+    command = [sys.executable, tmp_path / "start.py", exp_dir, json.dumps(settings)]
+    options = dict(env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, text=True)
+    last = exp_dir / "comparison" / "kernel-3" / "checkpoints" / "last.ckpt"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **options) as process:
+        deadline = time.monotonic() + 200
+        while not last.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)  # its child dies with it
+    assert not (exp_dir / "comparison" / "kernel-3" / "result.json").exists()
+    reached = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < reached < 40
+
+    done = subprocess.run(command, capture_output=True, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    continued = result_of(exp_dir, "kernel-3")
+    assert len(continued["points"]) == len(whole["points"]) == 8
+    for one, other in zip(continued["points"], whole["points"]):
+        assert one["batches"] == other["batches"]
+        assert one["si_sdr_i"] == pytest.approx(other["si_sdr_i"], abs=0.02)
+    assert continued["points"][-1]["seconds"] > continued["points"][0]["seconds"]
+    failed = "speechbrain-sepformer needs the package speechbrain"
+    assert failed in done.stdout
+    assert failed in (exp_dir / "comparison" / "comparison.md").read_text()
+    again = compare(exp_dir, {**settings, "contenders": "kernel-3"})
+    assert again is None and result_of(exp_dir, "kernel-3") == continued
+
+
+def test_budgets_of_a_comparison_stay(fresh, refused):
+    exp_dir, settings = fresh
+    train_contender(exp_dir, settings, "base")
+    compare(exp_dir, {**settings, "contenders": "base"})
+    with refused("comparison was begun with budget_steps 4, not 8"):
+        compare(exp_dir, {**settings, "contenders": "base", "budget_steps": 8})
+    with refused("one device", "--devices"):
+        compare(exp_dir, {**settings, "devices": 2})
+
+
+def test_the_table_has_the_figures_of_the_json(fresh):
+    exp_dir, settings = fresh
+    settings |= {"budget_minutes": 0.001}
+    for name in ("base", "kernel-3"):
+        train_contender(exp_dir, settings, name)
+    (exp_dir / "comparison" / "kernel-31").mkdir()
+    (exp_dir / "comparison" / "kernel-31" / "error.txt").write_text("OutOfMemoryError: 80 GB")
+    compare(exp_dir, {**settings, "contenders": "base,kernel-3"})
+    folder = exp_dir / "comparison"
+    whole = json.loads((folder / "comparison.json").read_text())
+    text = (folder / "comparison.md").read_text()
+    assert text == format_comparison(whole)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    for name in ("base", "kernel-3"):
+        result = whole["contenders"][name]
+        assert f"{result['n_parameters']:,}" in rows[name]
+        for point in budget_points(result, settings)[0]:
+            cell = f"{point['si_sdr_i']:.2f} [{point['low']:.2f}, {point['high']:.2f}]"
+            assert cell in rows[name]
+        assert result["device"] in text
+    both = (whole["contenders"][name] for name in ("kernel-3", "base"))
+    last = [budget_points(result, settings)[0][-1] for result in both]
+    difference = sum(a - b for a, b in zip(*(p["values"] for p in last))) / 6
+    assert f"| {difference:+.2f} [" in rows["kernel-3"]
+    assert "failed: OutOfMemoryError: 80 GB" in rows["kernel-31"]
+    assert "speech" not in whole["settings"]  # no folders of this machine
+    picture = (folder / "comparison.svg").read_text()
+    assert picture.count("<polyline") == 2 and "kernel-3, 4 steps" in picture
