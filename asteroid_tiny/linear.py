@@ -53,7 +53,8 @@ def feed_forward(x, widen, widen_bias, narrow, narrow_bias):
     if is_traced():
         return F.linear(F.relu(F.linear(*args[:3])), *args[3:])
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # which the backward pass would know nothing of
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts:  # here, as the backward pass would know nothing of it
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return _FeedForward.apply(*(arg.to(dtype) for arg in args))
