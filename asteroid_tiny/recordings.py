@@ -84,7 +84,7 @@ def separate_all(
             print(f"error: {error}", file=sys.stderr)
             continue
         seconds += done["seconds"]
-        print(f"  {path}: {targets[0]} .. {targets[-1].name}{_notes(done)}")
+        print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
     n_done = len(recordings) - n_before - len(failed)
     took = time.monotonic() - began
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
@@ -144,7 +144,8 @@ def _separate_one(network, path, targets, options):
         return separate_file(network, path, targets, progress=progress, **options)
 
 
-def _notes(done):
+def notes_on(done):
+    """What is worth knowing of what `separate_file` did, in brackets, or nothing (str)."""
     notes = []
     if done["n_channels"] > 1:
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
