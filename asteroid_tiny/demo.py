@@ -11,11 +11,11 @@ folders of their own, whose names cannot be guessed, until they are deleted.
 """
 
 import base64
-import contextlib
 import html
 import os
 import signal
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ KEPT_MINUTES = 30.0  # for which files are kept
 WAITING = 16  # visitors whose recordings wait for their turn
 IMAGE = (
     '<img alt="spectrogram of {}" src="data:image/png;base64,{}" '
-    'style="width: 100%; height: 7.5rem; border-radius: 3px">'
+    'style="width: 100%; height: 7.5rem; border-radius: 4px">'
 )
 
 
@@ -64,14 +64,21 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
     names, n_tracks = list(opened), max(model.n_src for model in opened.values())
 
     def separate(path, name, progress=gr.Progress()):
-        found, said = [], "There is no recording yet: drop a file above, or record one."
+        def tell(share):
+            if not page.is_running:
+                raise UserError("the page was closed")
+            progress(share)
+
+        found, picture, said = [], "", "There is no recording yet: drop a file, or record one."
         if path is not None:
             try:
-                folder = tempfile.mkdtemp(dir=page.GRADIO_CACHE)  # which is served and cleared
-                found, said = separate_upload(opened[name], path, folder, minutes, progress)
+                with page.turn:
+                    folder = tempfile.mkdtemp(dir=page.GRADIO_CACHE)  # which is served and cleared
+                    done = separate_upload(opened[name], path, folder, minutes, tell)
+                found, picture, said = done
             except UserError as error:
                 said = str(error)
-        updates = [_paragraph(said)]
+        updates = [_paragraph(said), picture]
         for k in range(n_tracks):
             target, picture = found[k] if k < len(found) else (None, None)
             updates += [gr.Column(visible=target is not None), picture, target, target]
@@ -86,19 +93,21 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
             f"{minutes:g} minutes. All files are deleted here after {kept_minutes:g} minutes."
         )
         with gr.Row():
-            recording = gr.Audio(label="Recording", type="filepath", editable=False)
+            recording = gr.Audio(label="Recording", type="filepath", editable=False, buttons=[])
             with gr.Column():
                 chosen = gr.Dropdown(names, value=names[0], label="Model")
-                sentence = gr.HTML(sentences[names[0]])
+                sentence = gr.HTML(sentences[names[0]], padding=False)
                 button = gr.Button("Separate", variant="primary")
-        shown = [gr.HTML(elem_id="status")]
+        shown = [gr.HTML(elem_id="status", padding=False), gr.HTML(padding=False)]
         with gr.Row():
             for k in range(n_tracks):
                 with gr.Column(visible=False, min_width=300) as track:
-                    shown += [track, gr.HTML(), gr.Audio(label=f"Speaker {k + 1}", buttons=[])]
+                    shown += [track, gr.HTML(padding=False)]
+                    shown.append(gr.Audio(label=f"Speaker {k + 1}", buttons=[]))
                     shown.append(gr.DownloadButton(f"Download speaker {k + 1}"))
         chosen.change(sentences.get, chosen, sentence, api_visibility="private")
         button.click(separate, [recording, chosen], shown, api_visibility="private")
+    page.turn = threading.Lock()  # of whoever writes files: one visitor at a time
     return page.queue(max_size=WAITING)
 
 
@@ -113,7 +122,8 @@ def separate_upload(model, path, folder, minutes, progress):
         progress (callable): Told the share that is done.
 
     Returns:
-        tuple: File and picture as HTML of each speaker, in a list; a sentence on what was done.
+        tuple: File and picture as HTML of each speaker, in a list; picture of the recording; a
+        sentence on what was done.
 
     Raises:
         UserError: If it cannot be separated; names no folder.
@@ -121,24 +131,23 @@ def separate_upload(model, path, folder, minutes, progress):
     path, folder = Path(path), Path(folder)
     targets = [folder / f"{path.stem}_est{k}.wav" for k in range(1, model.n_src + 1)]
     try:
-        length = len(read(path, model.sample_rate, minutes)) / model.sample_rate
-        n_done = 0.0
+        mixture = read(path, model.sample_rate, minutes)
+        share = 0.0
 
         def tell(seconds, _):
-            nonlocal n_done
-            n_done += seconds
-            progress(min(1.0, n_done / length))
+            nonlocal share
+            share = min(1.0, share + seconds * model.sample_rate / len(mixture))
+            progress(share)
 
         done = separate_file(model, path, targets, progress=tell)
         tracks = [read(target, model.sample_rate, minutes) for target in targets]
     except UserError as error:
         told = str(error).replace(f"{path.parent}{os.sep}", "").replace(f"{folder}{os.sep}", "")
         raise UserError(told) from None
-    top = loudest(tracks)
-    pictures = [base64.b64encode(spectrogram(track, top)).decode() for track in tracks]
-    images = [IMAGE.format(f"speaker {k}", picture) for k, picture in enumerate(pictures, 1)]
+    top = loudest([mixture, *tracks])
+    images = [_image(f"speaker {k}", track, top) for k, track in enumerate(tracks, 1)]
     said = f"{path.name}: {done['seconds']:.1f} s separated{notes_on(done)}."
-    return list(zip(map(str, targets), images)), said
+    return list(zip(map(str, targets), images)), _image("the recording", mixture, top), said
 
 
 def read(path, sample_rate, minutes):
@@ -177,7 +186,7 @@ def launch(page, megabytes=MEGABYTES, port=None, **options):
         page.launch(
             share=False,
             server_port=port,
-            max_file_size=round(1e6 * megabytes),
+            max_file_size=round(2**20 * megabytes),
             enable_monitoring=False,
             ssr_mode=False,
             **options,
@@ -188,15 +197,20 @@ def launch(page, megabytes=MEGABYTES, port=None, **options):
 
 def serve(models, minutes, megabytes, kept_minutes, port, device):
     """Builds and serves the page until Ctrl-C or a SIGTERM, and leaves no file behind."""
-    _gradio()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="asteroid-tiny-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with tempfile.TemporaryDirectory(prefix="asteroid-tiny-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is imported
         page = build_page(models, minutes, kept_minutes, device)
         launch(page, megabytes, port, quiet=True, prevent_thread_lock=True)
         print(f"the page is at {page.local_url} (stop it with Ctrl-C)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            page.block_thread()
+        page.block_thread()
+        page.close(verbose=False)  # which ends a separation that is running
+        with page.turn:
+            pass  # wait for its end
+
+
+def _image(name, samples, top):
+    return IMAGE.format(name, base64.b64encode(spectrogram(samples, top)).decode())
 
 
 def _paragraph(sentence):
