@@ -96,13 +96,13 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
             recording = gr.Audio(label="Recording", type="filepath", editable=False, buttons=[])
             with gr.Column():
                 chosen = gr.Dropdown(names, value=names[0], label="Model")
-                sentence = gr.HTML(sentences[names[0]], padding=False)
+                sentence = gr.HTML(sentences[names[0]])
                 button = gr.Button("Separate", variant="primary")
-        shown = [gr.HTML(elem_id="status", padding=False), gr.HTML(padding=False)]
+        shown = [gr.HTML(elem_id="status"), gr.HTML()]
         with gr.Row():
             for k in range(n_tracks):
                 with gr.Column(visible=False, min_width=300) as track:
-                    shown += [track, gr.HTML(padding=False)]
+                    shown += [track, gr.HTML()]
                     shown.append(gr.Audio(label=f"Speaker {k + 1}", buttons=[]))
                     shown.append(gr.DownloadButton(f"Download speaker {k + 1}"))
         chosen.change(sentences.get, chosen, sentence, api_visibility="private")
@@ -165,7 +165,9 @@ def read(path, sample_rate, minutes):
                 raise UserError(f"{path} is longer than the {minutes:g} minutes allowed here")
         if recording.n_read < SHORTEST * recording.sample_rate:
             seconds = recording.n_read / recording.sample_rate
-            raise UserError(f"{path} is too short: {seconds:.2g} s, where {SHORTEST:g} s are needed")
+            raise UserError(
+                f"{path} is too short: {seconds:.2g} s, where {SHORTEST:g} s are needed"
+            )
     return np.concatenate(pieces)
 
 
