@@ -246,6 +246,36 @@ def _publish_any(options):
     return publish(load(options.source), options.out, about, options.half)
 
 
+def _demo_options(parser):
+    add = parser.add_argument
+    add("-m", "--model", action="append", default=[], metavar="MODEL", help="name, file, address "
+        "or hub id of a model, beside the packaged ones; may be given again")  # fmt: skip
+    add("--minutes", type=float, default=5.0, help="of a recording, at most (%(default)g)")
+    add("--megabytes", type=float, default=100.0, help="of an upload, at most (%(default)g)")
+    add("--keep", type=float, default=30.0, metavar="MINUTES", help="for which files of visitors "
+        "are kept (%(default)g)")  # fmt: skip
+    add("--port", type=int, help="to listen at; a free one from 7860 on by default")
+    add("--device", default="auto", help="cpu, cuda, ..; a GPU by default, if there is one")
+
+
+@command("demo", _demo_options)
+def demo(options):
+    """Serves a page to this machine's browser: drop or record speech, hear and see the speakers."""
+    from .demo import serve
+
+    for name in ("minutes", "megabytes", "keep"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name} must be above 0")
+    serve(
+        options.model,
+        options.minutes,
+        options.megabytes,
+        options.keep,
+        options.port,
+        options.device,
+    )
+
+
 @command("infer")
 def infer(argv):
     """Separates files with asteroid-infer's options, for models of Asteroid and of this package."""

@@ -46,6 +46,16 @@ def speech_of(about):
     return data.get("name") or about.get("dataset")
 
 
+def made_for(name, model, about):
+    """A sentence that says what a model was made for, so that nobody expects more (str)."""
+    speech = speech_of(about)
+    trained = f"trained on {speech}" if speech else "trained on speech it does not name"
+    return (
+        f"{name} was made for {model.n_src} speakers at {model.sample_rate:g} Hz, {trained}; "
+        "expect less of other recordings"
+    )
+
+
 def describe(model, about):
     """A few lines for people.
 
@@ -59,7 +69,7 @@ def describe(model, about):
     Examples:
         >>> from asteroid_tiny import TinySepformer
         >>> print(describe(TinySepformer.from_preset("tiny-sepformer-xs"), {}).splitlines()[1])
-        sources        2, at 8000 Hz
+        sources         2, at 8000 Hz
     """
     args, masker = model.get_model_args(), model.masker
     rate = model.sample_rate
@@ -73,7 +83,8 @@ def describe(model, about):
         "model": f"{type(model).__name__}, {n_parameters:,} parameters",
         "sources": f"{masker.n_src}, at {rate:g} Hz",
         "frames": f"{frame:g} ms every {args['stride'] / rate * 1000:g} ms",
-        "chunks": f"{chunk:.2f} s; attention across chunks sees all that it is given",
+        "chunks": f"{chunk:.2f} s",
+        "receptive field": "all that it is given, by attention across the chunks",
         "operations": f"{macs / 1e9:.2f} GMAC a second of audio",
         "memory": f"{peak_memory(model, MEMORY_SECONDS) / 1e6:.0f} MB of tensors for "
         f"{MEMORY_SECONDS} s of audio, {4 * n_parameters / 1e6:.0f} MB of weights",
@@ -84,7 +95,7 @@ def describe(model, about):
     rest = {key: value for key, value in about.items() if key not in SAID}
     if rest:
         lines["also told"] = json.dumps(rest, default=str)
-    return "\n".join(f"{name:14} {text}" for name, text in lines.items())
+    return "\n".join(f"{name:15} {text}" for name, text in lines.items())
 
 
 def peak_memory(model, seconds):

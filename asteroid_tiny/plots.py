@@ -12,6 +12,7 @@ COLOURS = ("#2563a8", "#d1603d", "#4a8c5c", "#8a6bb1", "#b08a1e", "#3aa0a8", "#c
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 14, 40  # margins around the axes
 RANGE_DB = 70.0  # of a spectrogram
+FAINT_DB = -30.0  # in a spectrogram: of a tone at -66 dB re full scale
 COLUMNS = 500  # of a spectrogram, about
 HEAT = ((0, 0, 4), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))
 
@@ -221,8 +222,13 @@ def stacked_spectrograms(signals):
 
 
 def loudest(signals):
-    """The highest level in the spectrograms of signals, in dB."""
-    return max(float(_levels(samples).max()) for samples in signals)
+    """The highest level in the spectrograms of signals, in dB; at least that of a faint tone.
+
+    Examples:
+        >>> loudest([np.zeros(8000)])  # silence stays dark
+        -30.0
+    """
+    return max(FAINT_DB, *(float(_levels(samples).max()) for samples in signals))
 
 
 def _shades(samples, top):

@@ -62,7 +62,6 @@ def build_model(settings):
 
 def train_model(exp_dir, settings):
     """Stage 2: trains the model, or continues to."""
-    from .report import write_curves
     from .training import train  # late: Lightning takes seconds to import
 
     exp_dir = Path(exp_dir)
@@ -80,7 +79,6 @@ def train_model(exp_dir, settings):
     outcome = train(model, speech, valid, exp_dir, settings)
     if outcome is None:  # the first process does the rest
         return
-    write_curves(exp_dir)
     outcome["device"] = torch.cuda.get_device_name() if on_gpu(settings) else "CPU"
     outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
     with whole_file(exp_dir / "training.json") as part:

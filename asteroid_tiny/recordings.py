@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .audio import FFMPEG_SUFFIXES
 from .errors import UserError
-from .inspection import DEFAULT, open_model, speech_of
+from .inspection import DEFAULT, made_for, open_model
 from .longform import separate_file
 
 
@@ -48,19 +48,14 @@ def separate_all(
     Raises:
         UserError: If there is no such model or device, or an option makes no sense.
     """
-    device = _device(device)
+    device = find_device(device)
     if not block > 0 or (batch is not None and batch < 1):
         raise UserError("--block must be above 0 seconds, and --batch at least 1")
     if peak is not None and peak > 0:
         raise UserError(f"--peak {peak:g} dB is above full scale; give 0 or less")
     network, about = open_model(model)
     network.to(device)
-    speech = speech_of(about)
-    trained = f"trained on {speech}" if speech else "trained on speech it does not name"
-    print(
-        f"{model or DEFAULT} was made for {network.n_src} speakers at "
-        f"{network.sample_rate:g} Hz, {trained}; expect less of other recordings"
-    )
+    print(made_for(model or DEFAULT, network, about))
     options = {
         "block": block,
         "overlap": block / 2,
@@ -89,7 +84,7 @@ def separate_all(
             print(f"error: {error}", file=sys.stderr)
             continue
         seconds += done["seconds"]
-        print(f"  {path}: {targets[0]} .. {targets[-1].name}{_notes(done)}")
+        print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
     n_done = len(recordings) - n_before - len(failed)
     took = time.monotonic() - began
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
@@ -149,7 +144,8 @@ def _separate_one(network, path, targets, options):
         return separate_file(network, path, targets, progress=progress, **options)
 
 
-def _notes(done):
+def notes_on(done):
+    """What is worth knowing of what `separate_file` did, in brackets, or nothing (str)."""
     notes = []
     if done["n_channels"] > 1:
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
@@ -158,7 +154,12 @@ def _notes(done):
     return f" ({'; '.join(notes)})" if notes else ""
 
 
-def _device(name):
+def find_device(name):
+    """The device of a name (torch.device); "auto" is a GPU, if there is one.
+
+    Raises:
+        UserError: If it cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -226,7 +226,8 @@ def training_curves(exp_dir):
     Returns:
         list of str: Pictures as SVG, none if there is no log.
     """
-    tables = [pd.read_csv(path) for path in sorted(Path(exp_dir).glob("logs/*/metrics.csv"))]
+    logs = sorted(Path(exp_dir).glob("logs/*/metrics.csv"))
+    tables = [pd.read_csv(log) for log in logs if log.stat().st_size]  # none of a run killed early
     tables = [table for table in tables if "si_sdr" in table]
     if not tables:
         return []

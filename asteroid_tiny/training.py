@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .errors import UserError
+from .report import write_curves
 from .weights import load_weights_only, save_whole
 
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
@@ -155,6 +156,19 @@ class RandomStates(pl.Callback):
             torch.cuda.set_rng_state_all(states["cuda"])
 
 
+class Curves(pl.Callback):
+    """Draws the curves of a run anew after each validation."""
+
+    def __init__(self, exp_dir):
+        self.exp_dir = exp_dir
+
+    def on_validation_end(self, trainer, system):
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # what it still holds of the log
+            write_curves(self.exp_dir)
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all, and are read without unpickling code."""
 
@@ -263,6 +277,7 @@ def build_trainer(exp_dir, conf, callbacks, **options):
             checkpoints(exp_dir, "last"),
             RandomStates(),
             LearningRateMonitor("step"),
+            Curves(exp_dir),
             ProgressBar(),
         ],
         plugins=[WholeCheckpoints()],

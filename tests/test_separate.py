@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 from small import n_parameters, small
 
 from asteroid_tiny import cli
@@ -175,6 +176,14 @@ def test_info_tells_what_a_model_is(model, capsys):
         "MB of tensors for 4 s",
     ):
         assert words in text
+
+
+def test_the_receptive_field_is_all_that_the_model_is_given_as_info_says(model, capsys):
+    cli.main(["info", str(model)])
+    assert "receptive field all that it is given" in capsys.readouterr().out
+    mixture = torch.randn(1, 8000, requires_grad=True)
+    small()(mixture)[0, 0, :100].sum().backward()
+    assert mixture.grad.abs().min() > 0
 
 
 def test_the_memory_that_info_tells_grows_with_the_length(model):

@@ -3,14 +3,16 @@
 import errno
 import math
 import os
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
 
-from asteroid_tiny import TinySepformer, UserError
+from asteroid_tiny import TinySepformer, UserError, training
 from asteroid_tiny.config import read_conf
 from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
+from asteroid_tiny.report import write_curves
 from asteroid_tiny.training import Schedule, separation_loss, train
 
 SIZES = dict(n_filters=16, kernel_size=32, stride=16, bn_chan=16, ff_hid=16, n_heads=2)
@@ -151,6 +153,20 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
     assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+def test_curves_are_drawn_after_every_validation(model, speech, valid, tmp_path, monkeypatch):
+    n_points = []
+
+    def look(exp_dir):
+        write_curves(exp_dir)
+        root = ElementTree.parse(exp_dir / "training.svg").getroot()
+        lines = [line.get("points") for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+        n_points.append([len(line.split()) for line in lines])
+
+    monkeypatch.setattr(training, "write_curves", look)
+    train(model, speech, valid, tmp_path, {**CONF, "steps": 20, "steps_per_epoch": 10})
+    assert n_points == [[1, 1, 1], [2, 2, 2]]  # every tenth step, validations, rates
 
 
 def test_the_best_weights_are_given_back(model, speech, valid, tmp_path):
