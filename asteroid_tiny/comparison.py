@@ -192,7 +192,7 @@ def train_contender(exp_dir, settings, name):
         settings (dict): Of the run.
         name (str): One of those that `choose` gives.
     """
-    from .measuring import Points
+    from .milestones import Points
     from .training import build_system, build_trainer, fit  # late: Lightning takes seconds
 
     folder = Path(exp_dir) / "comparison" / name

@@ -25,7 +25,7 @@ from asteroid_tiny.comparison import (
 )
 from asteroid_tiny.data import MixtureList
 from asteroid_tiny.evaluation import measure, separate
-from asteroid_tiny.measuring import improvements
+from asteroid_tiny.milestones import improvements
 from asteroid_tiny.preparation import open_list
 
 ROOT = Path(__file__).resolve().parents[1]
