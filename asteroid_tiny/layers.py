@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .linear import Linear, feed_forward
+from .linear import Linear, feed_forward, is_traced
 
 INTRA, INTER = 2, 1
 NORM_EPS = 1e-6
+FRAMES_IN_CACHE = 2**13  # of a CPU, with what a layer makes of them
 
 
 class SelfAttention(nn.Module):
@@ -316,16 +317,27 @@ class LayerStack(nn.Module):
             (batch, chunks, chunk, chan) -> the same, before `finish`.
         """
 
-        def last(x, axis):
-            return finish(self.norm(self.layers[-1](x, axis)))
-
         # not while tracing: two traces through a checkpoint differ, which `torch.jit.trace` refuses
         keeps_none = self.checkpoint_activations and not torch.jit.is_tracing()
         recompute = keeps_none and torch.is_grad_enabled()
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced():
+            return finish(self._by_parts(x, axis))
+        return self._all(x, axis, finish, recompute)
+
+    def _all(self, x, axis, finish=nn.Identity(), recompute=False):
+        def last(x, axis):
+            return finish(self.norm(self.layers[-1](x, axis)))
+
         x = x + positions(x, axis)
         for layer in ([*self.layers] * self.n_times)[:-1] + [last]:
             x = checkpoint(layer, x, axis, use_reentrant=False) if recompute else layer(x, axis)
         return x
+
+    def _by_parts(self, x, axis):
+        """Some places of the other axis after the others, as many as fit in a CPU's cache."""
+        other = INTRA + INTER - axis
+        size = max(1, FRAMES_IN_CACHE // (len(x) * x.shape[axis]))
+        return torch.cat([self._all(part, axis) for part in x.split(size, dim=other)], dim=other)
 
 
 def positions(x, axis):

@@ -10,6 +10,7 @@ from small import both_axes, both_classes, first_layer, n_parameters, shaken, sm
 from torch import nn
 from torch.nn import functional as F
 
+from asteroid_tiny import layers
 from asteroid_tiny.cost import SavedBytes, saved_bytes
 from asteroid_tiny.layers import (
     INTER,
@@ -224,6 +225,16 @@ def test_chunks_are_slices_that_add_up_again(chunk_size, hop_size):
 
 def make_conv_attention_layer():
     return shaken(ConvAttentionLayer(16, 2, 24, conv_kernel_size=3))
+
+
+@both_axes
+def test_a_stack_by_parts_is_the_whole_one(axis, monkeypatch):
+    stack = shaken(LayerStack(lambda: TransformerLayer(16, 4, 32), 2, chan=16))
+    x = torch.randn(2, 7, 9, 16)
+    whole = stack(x, axis)
+    monkeypatch.setattr(layers, "FRAMES_IN_CACHE", 2 * 9 * 2 + 3)
+    with torch.no_grad():
+        assert torch.allclose(stack(x, axis, finish=torch.neg), -whole, atol=1e-5)
 
 
 @both_axes
