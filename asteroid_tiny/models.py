@@ -271,8 +271,8 @@ class TinySepformer(_DualPathModel):
 
     - *Sizes.* D = 256 with D_a = D_c = 128, feed-forward 1024, 8 heads is the only split that
       gives both published parameter counts (20.0 M and 5.3 M).
-    - *Convolution kernel.* Any odd size from 3 to 33 fits those counts; 15 is the default. In a short
-      comparison of the smallest preset 3, 15 and 31 came out alike (README, "The two ideas").
+    - *Convolution kernel.* Any odd size from 3 to 33 fits those counts; 15 is the default. In a
+      short comparison of the smallest preset 3, 15 and 31 came out alike (README, "The two ideas").
     - *Norms.* Each path normalises its sum, in the form of an independent re-implementation;
       ``path_norm=False`` gives the plain pre-norm layer, 0.09 dB behind in that comparison and
       an eighth cheaper, for which ``"tiny-sepformer-xs"`` has it.
