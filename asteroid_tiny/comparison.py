@@ -1,8 +1,8 @@
 """The comparison: models trained from scratch on the same batches, at equal budgets of training
 steps and of device time.
 
-A contender is a name and the sizes of a model: a preset, a peer of another toolkit, or the run's
-own model with one thing changed (the ablation). Each trains in a process of its own until both
+A contender is a preset, a peer of another toolkit, or a variant of the run's own model: with one
+thing changed (the ablation), or with the masker of another architecture. Each trains in a process of its own until both
 budgets are used. Its learning rate rises and then stays, so that any point of its curve is what a
 training that ends there would have given, and one training serves both budgets. The points are
 measured on the validation list, of the weights as they are then; none is chosen, and the test list
@@ -26,6 +26,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from asteroid.masknn import DPRNN, TDConvNet
 
 from .config import OF_THE_MACHINE, PUBLICATION, begin_run
 from .cost import count_macs
@@ -38,9 +39,18 @@ from .preparation import list_path, make_lists, open_list, open_training, prepar
 from .recipe import build_model, without_paths
 from .summary import mean_interval
 
-#: The contenders of the group ``models``.
+#: The contenders of the group ``models``, with the sizes of their papers or recipes.
 MODELS = (*PRESETS, "conv-tasnet", "dprnn")
-BASE = "base"  # the run's own model, from which the others of the group ``ablation`` differ
+BASE = "base"  # the run's own model, from which the other variants differ
+VANILLA = "sepformer-layers"  # neither of the paper's two ideas
+#: Asteroid's maskers that can stand in the run's own filterbank, with as many operations as the
+#: masker of tiny-sepformer-xs: their networks' own depths, with fewer channels.
+MASKERS = {
+    "conv-tasnet-masker": (TDConvNet, dict(hid_chan=384, mask_act="relu")),
+    "dprnn-masker": (DPRNN, dict(bn_chan=64, hid_size=96, chunk_size=64, mask_act="relu")),
+}
+#: The contenders of the group ``architectures``, all of one size: with both ideas, with one, without.
+ARCHITECTURES = (BASE, "no-sharing", VANILLA, *MASKERS)
 NOTES = """\
 SI-SDRi in dB on {n_valid} validation mixtures, with its 95 % bootstrap interval over
 speaker pairs. It tells how another list of mixtures may differ, not another seed of the training.
@@ -64,7 +74,8 @@ def ablations(settings):
 
     Examples:
         >>> list(ablations({"preset": "tiny-sepformer-xs", "n_src": 2, "sample_rate": 8000}))
-        ['base', 'no-sharing', 'no-convolution', 'kernel-3', 'kernel-31', 'path-norm']
+        ['base', 'no-sharing', 'no-convolution', 'sepformer-layers', 'kernel-3', 'kernel-31',
+         'path-norm']
     """
     with torch.device("meta"):
         base = build_model(settings)
@@ -75,6 +86,7 @@ def ablations(settings):
         "sharing": {"share_layers": True},
         "no-sharing": {"share_layers": False},
         "no-convolution": {"attn_chan": sizes["bn_chan"]},
+        VANILLA: {"attn_chan": sizes["bn_chan"], "share_layers": False, "path_norm": False},
         **{f"kernel-{size}": {"conv_kernel_size": size} for size in (3, 15, 31)},
         "path-norm": {"path_norm": True},
         "no-path-norm": {"path_norm": False},
@@ -88,15 +100,20 @@ def choose(settings):
     Raises:
         UserError: If there is no such contender.
     """
-    groups = {"models": MODELS, "ablation": tuple(ablations(settings))}
+    variants = [*ablations(settings), *MASKERS]
+    groups = {
+        "models": MODELS,
+        "ablation": variants[: -len(MASKERS)],
+        "architectures": [name for name in ARCHITECTURES if name in variants],
+    }
     chosen = []
     for name in settings["contenders"].split(","):
         chosen += groups.get(name.strip(), [name.strip()])
-    known = [*groups["ablation"], *PRESETS, *PEERS]
+    known = [*variants, *PRESETS, *PEERS]
     for name in chosen:
         if name not in known:
             raise UserError(
-                f"there is no contender {name!r}; there are models and ablation, which are "
+                f"there is no contender {name!r}; there are {', '.join(groups)}, which are "
                 f"several, and {', '.join(known)}"
             )
     return list(dict.fromkeys(chosen))
@@ -116,6 +133,11 @@ def build_contender(name, settings):
     if name in PRESETS:
         kept = ("n_src", "sample_rate", "checkpoint_activations")
         return build_model({"preset": name, **{key: settings[key] for key in kept}})
+    if name in MASKERS:
+        model = build_model(settings)
+        masker, sizes = MASKERS[name]
+        model.masker = masker(model.encoder.n_feats_out, settings["n_src"], **sizes)
+        return model
     return build_model({**settings, **ablations(settings)[name]})
 
 
@@ -229,7 +251,7 @@ def write_comparison(folder, settings):
     Returns:
         dict: By contender what its result.json holds, or "error".
     """
-    groups = {"models": [*PRESETS, *PEERS], "ablation": list(ablations(settings))}
+    groups = {"models": [*PRESETS, *PEERS], "variants": [*ablations(settings), *MASKERS]}
     results = {}
     for name in (name for names in groups.values() for name in names):
         for path in (folder / name / "result.json", folder / name / "error.txt"):
@@ -265,7 +287,7 @@ def format_comparison(whole):
     parts = ["# Comparison"]
     parts += [NOTES.format(measured_on="; ".join(sorted(devices)) or "nothing yet", **settings)]
     for group, names in whole["groups"].items():
-        base = results.get(BASE) if group == "ablation" else None
+        base = results.get(BASE) if group == "variants" else None
         rows = [_row(name, results[name], settings, base) for name in names]
         titles = list(dict.fromkeys(title for row in rows for title in row))
         lines = [titles, ["---"] * len(titles)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from recipes import few_minutes, prepare
 
-from asteroid_tiny import comparison, peers
+from asteroid_tiny import Sepformer, comparison, peers
 from asteroid_tiny.comparison import (
     ablations,
     budget_points,
@@ -67,10 +67,41 @@ def test_contenders_change_one_thing(run):
     base = build_contender("base", settings).get_model_args()
     for name, changes in ablations(settings).items():
         sizes = build_contender(name, settings).get_model_args()
-        assert {key for key in sizes if sizes[key] != base[key]} == set(changes)
+        assert all(sizes[key] == value for key, value in changes.items())
+        changed = {key for key in sizes if sizes[key] != base[key]}
+        assert changed <= set(changes)
+        assert len(changed) == {"base": 0, "sepformer-layers": 2}.get(name, 1)
     assert set(ablations(settings)) >= {"no-sharing", "no-convolution", "kernel-31", "path-norm"}
     unshared = ablations({**settings, "share_layers": False})
     assert "sharing" in unshared and "no-sharing" not in unshared
+
+
+def test_sepformer_layers_are_those_of_sepformer_at_the_size_of_the_run(run):
+    model = build_contender("sepformer-layers", run[1])
+    sizes = model.get_model_args()
+    for name in ("attn_chan", "conv_kernel_size", "path_norm"):
+        del sizes[name]
+    peer = Sepformer(**sizes)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters())
+    assert not sizes["share_layers"]
+
+
+@pytest.mark.parametrize("name", comparison.MASKERS)
+def test_maskers_of_asteroid_stand_in_the_filterbank_of_the_run(run, name):
+    torch.manual_seed(0)
+    base = build_contender("base", run[1])
+    torch.manual_seed(0)
+    model = build_contender(name, run[1])
+    filters = [m.state_dict() for bank in (base, model) for m in (bank.encoder, bank.decoder)]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(filters, filters[2:]) for key in a)
+    assert type(model.masker).__name__ in ("TDConvNet", "DPRNN")
+    mixture = torch.randn(2, 4321)
+    estimates = model(mixture)
+    assert estimates.shape == (2, 2, 4321)
+    # the items of a batch keep apart, and the masker learns
+    assert torch.allclose(model(mixture[1:]), estimates[1:], atol=1e-4)
+    estimates.square().sum().backward()
+    assert next(model.masker.parameters()).grad.any()
 
 
 def test_presets_have_their_own_sizes(run):
@@ -82,6 +113,9 @@ def test_groups_and_names_are_chosen(run, refused):
     _, settings = run
     found = choose({**settings, "contenders": "models, base,dprnn"})
     assert found == [*comparison.MODELS, "base"]
+    assert choose({**settings, "contenders": "architectures"}) == [*comparison.ARCHITECTURES]
+    unshared = choose({**settings, "contenders": "architectures", "share_layers": False})
+    assert "base" in unshared and "no-sharing" not in unshared
     with refused("no contender 'kernel-4'", "kernel-3", "conv-tasnet"):
         choose({**settings, "contenders": "base,kernel-4"})
 
