@@ -22,6 +22,7 @@ from .errors import UserError
 from .files import whole_file
 from .models import PRESETS
 from .peers import PEERS
+from .recipe import without_paths
 
 REFERENCE_LENGTH = 4.0  # s: of the comparisons, and the longest of training steps
 EXPORTED = ("tiny-sepformer-xs", "tiny-sepformer-s")  # as ONNX files
@@ -55,11 +56,13 @@ def benchmark(exp_dir, settings):
     }
     for name, package in about["missing"].items():
         print(f"  {name} is left out: it needs the package {package}")
-    wanted = tasks(about, folder, settings)
+    wanted = tasks(about, settings)
+    of_the_run = {"exp_dir": f"{folder}", "settings": settings}  # with paths, which are not kept
     figures = kept_figures(folder / "benchmark.json", about, wanted)
     for task in wanted:
         if key_of(task) not in figures:
-            figures[key_of(task)] = {"task": task, "rows": measure(task)}
+            whole = {**task, **of_the_run} if task["kind"] == "mixing" else task
+            figures[key_of(task)] = {"task": task, "rows": measure(whole)}
             with whole_file(folder / "benchmark.json") as part:
                 content = {"about": about, "measured": list(figures.values())}
                 part.write_text(json.dumps(content, indent=1) + "\n")
@@ -69,8 +72,8 @@ def benchmark(exp_dir, settings):
     return {"about": about, "measured": measured}
 
 
-def tasks(about, exp_dir, settings):
-    """What is to be measured, each the argument of one process (list of dict)."""
+def tasks(about, settings):
+    """What is to be measured, one process each (list of dict)."""
     reference, limit = about["reference"], about["limit"]
     wanted = [{"kind": "machine"}]
     for name in about["models"]:
@@ -84,7 +87,7 @@ def tasks(about, exp_dir, settings):
             wanted.append({"kind": "onnx", "name": name, "length": reference})
         if about["gpu"]:
             wanted.append({"kind": "gpu", "name": name, "length": reference})
-    return [*wanted, {"kind": "mixing", "exp_dir": f"{exp_dir}", "settings": settings}]
+    return [*wanted, {"kind": "mixing", "settings": without_paths(settings)}]
 
 
 def measure(task):

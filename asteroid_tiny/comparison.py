@@ -2,11 +2,11 @@
 steps and of device time.
 
 A contender is a preset, a peer of another toolkit, or a variant of the run's own model: with one
-thing changed (the ablation), or with the masker of another architecture. Each trains in a process of its own until both
-budgets are used. Its learning rate rises and then stays, so that any point of its curve is what a
-training that ends there would have given, and one training serves both budgets. The points are
-measured on the validation list, of the weights as they are then; none is chosen, and the test list
-is not used.
+thing changed (the ablation), or with the masker of another architecture. Each trains in a process
+of its own until both budgets are used. Its learning rate rises and then stays, so that any point of
+its curve is what a training that ends there would have given, and one training serves both budgets.
+The points are measured on the validation list, of the weights as they are then; none is chosen, and
+the test list is not used.
 
 It lies in the folder ``comparison`` of a run::
 
@@ -49,7 +49,7 @@ MASKERS = {
     "conv-tasnet-masker": (TDConvNet, dict(hid_chan=384, mask_act="relu")),
     "dprnn-masker": (DPRNN, dict(bn_chan=64, hid_size=96, chunk_size=64, mask_act="relu")),
 }
-#: The contenders of the group ``architectures``, all of one size: with both ideas, with one, without.
+#: The contenders of the group ``architectures``: with both ideas, one or none, and other maskers.
 ARCHITECTURES = (BASE, "no-sharing", VANILLA, *MASKERS)
 NOTES = """\
 SI-SDRi in dB on {n_valid} validation mixtures, with its 95 % bootstrap interval over

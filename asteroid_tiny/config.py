@@ -23,6 +23,7 @@ OF_THE_MACHINE = (
     "devices",
     "num_nodes",
     "num_workers",
+    "compile",
     "eval_workers",
     "speech",
     "check",
@@ -39,10 +40,10 @@ MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK, *COMPARISON)
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps hold_steps colour overlap_ratio level_spread num_workers eval_workers "
-    "budget_minutes"
+    "budget_minutes average"
 ).split()
 #: Settings with an upper limit, which they may not reach.
-BELOW = {"dropout": 1, "speed_perturb": 100}
+BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1}
 #: Settings with an upper limit, which they may reach.
 AT_MOST = {"overlap_ratio": 1}
 #: Types of the settings that are null by default, where not a whole number.
@@ -132,7 +133,7 @@ def merge(base, overrides, where):
 
 
 def _checked(key, value, default, where):
-    if value is None and default is None:
+    if value is None and (default is None or key in OF_NULL):
         return None
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     kind = OF_NULL.get(key, int) if default is None else type(default)
@@ -168,13 +169,32 @@ def parse_options(options, known):
         if text is None or text.startswith("--"):
             raise UserError(f"option {name} needs a value")
         if isinstance(known[key], str) or OF_NULL.get(key) is str:
-            given[key] = text
+            given[key] = None if key in OF_NULL and text == "null" else text
             continue
         try:
             given[key] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             given[key] = text
     return given
+
+
+def without_foreign_start(settings, defaults, given, sizes):
+    """Settings that begin with random weights where those of the recipe are of another model.
+
+    Args:
+        settings (dict): The recipe's defaults merged with the options.
+        defaults (dict): Of the recipe.
+        given (dict): The options.
+        sizes (set of str): Settings on which the weights of a model depend.
+
+    Examples:
+        >>> defaults = {"init_from": "small", "n_src": 2}
+        >>> without_foreign_start({"init_from": "small", "n_src": 3}, defaults, {"n_src": 3},
+        ...                       {"n_src"})
+        {'init_from': None, 'n_src': 3}
+    """
+    is_other = any(settings[key] != defaults[key] for key in sizes)
+    return {**settings, "init_from": None} if is_other and "init_from" not in given else settings
 
 
 def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):

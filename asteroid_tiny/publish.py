@@ -192,6 +192,10 @@ def model_card(config, about):
     facts = config["training"]
     trained = f" It was trained for {facts['steps']} steps" if "steps" in facts else ""
     trained += f" on {facts['hours']:.3g} h of mixtures" if trained and "hours" in facts else ""
+    start = facts.get("init_from")
+    began = f" It began with the weights of {start['name']}" if start else ""
+    if began and start.get("data"):
+        began += f", which were trained on {start['data']['name']} ({start['data']['licence']})"
     table = format_table(about["summary"])
     limits = LIMITS.format(**config)
     parts = [
@@ -205,7 +209,8 @@ def model_card(config, about):
         USE.format(name=name),
         f"Plain Asteroid loads `{hub.PICKLED}` once `asteroid_tiny` is imported.",
         "## Training data",
-        f"{source}{author}; licence: {data['licence']}.{trained + '.' if trained else ''}",
+        f"{source}{author}; licence: {data['licence']}."
+        f"{began + '.' if began else ''}{trained + '.' if trained else ''}",
         about.get("credits") and f"```\n{about['credits'].strip()}\n```",
         "## Results",
         f"```\n{table}\n```",

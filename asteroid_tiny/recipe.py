@@ -73,6 +73,7 @@ def train_model(exp_dir, settings):
     model = build_model(settings)
     if settings["init_from"]:
         copy_weights(model, settings["init_from"])
+    print(f"  begins with {settings['init_from'] or 'random'} weights")
     speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
     began = time.time()
@@ -195,6 +196,8 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     except (OSError, ValueError):
         raise UserError(f"{exp_dir}/training.json is missing or broken; run stage 2") from None
     training["hours"] = training["steps"] * settings["batch_size"] * settings["segment"] / 3600
+    if settings["init_from"]:
+        training["init_from"] = about_start(settings["init_from"])
     recipe_dir = exp_dir.resolve().parents[1]
     credits_file = recipe_dir / settings["speech"] / "CREDITS.txt"
     rate = f"{settings['sample_rate'] / 1000:g}k"
@@ -216,6 +219,13 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     folder = publish(model, folder or exp_dir / "publish", about, settings["half"], signals)
     print(f"  publish folder: {folder}")
     return folder
+
+
+def about_start(name_or_path):
+    """What is known of the weights that a training began with: name and, if packaged, data."""
+    packaged = list_models().get(name_or_path)
+    known = {"data": packaged["training"]["data"]} if packaged else {}
+    return {"name": Path(name_or_path).name, **known}
 
 
 def without_paths(settings):

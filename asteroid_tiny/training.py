@@ -16,7 +16,12 @@ import pytorch_lightning as pl
 import torch
 from asteroid.engine.system import System
 from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
@@ -196,6 +201,9 @@ class ProgressBar(TQDMProgressBar):
 def train(model, train_speech, valid_set, exp_dir, conf):
     """Trains a model, or continues to, and leaves it with the best weights by validation loss.
 
+    With `average` in `conf` the weights that are validated, and kept as the best, are a running
+    average of those that are trained.
+
     Args:
         model (torch.nn.Module): (batch, time) -> (batch, n_src, time).
         train_speech (SpeechDir or MixtureList): Speech from which training mixtures are drawn, or
@@ -216,7 +224,8 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     conf = {**conf, "steps": epochs * conf["steps_per_epoch"]}
     system = build_system(model, train_speech, valid_set, conf)
     best = checkpoints(exp_dir, "best", monitor="val_loss")
-    trainer = build_trainer(exp_dir, conf, [best], max_epochs=epochs)
+    average = [EMAWeightAveraging(decay=conf["average"])] if conf["average"] else []
+    trainer = build_trainer(exp_dir, conf, [*average, best], max_epochs=epochs)
     fit(trainer, system, exp_dir)
     if not trainer.is_global_zero:
         return None
@@ -233,6 +242,8 @@ def build_system(model, train_speech, valid_set, conf):
         valid_set (MixtureList): As in `train`; None to go without.
     """
     pl.seed_everything(conf["seed"], verbose=False)
+    if conf["compile"]:
+        model.compile()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=conf["lr"], weight_decay=conf["weight_decay"]
     )

@@ -3,7 +3,15 @@
 import sys
 from pathlib import Path
 
-from asteroid_tiny.config import FOLDERS, begin_run, merge, parse_options, read_recipe
+from asteroid_tiny.config import (
+    FOLDERS,
+    begin_run,
+    merge,
+    parse_options,
+    read_conf,
+    read_recipe,
+    without_foreign_start,
+)
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,12 +22,16 @@ def main(recipe, tag, *options):
     if not recipe_dir.is_dir():
         there = ", ".join(sorted(path.parent.name for path in ROOT.glob("egs/*/TinySepformer")))
         raise UserError(f"there is no recipe {recipe!r}; there are: {there}")
-    settings = read_recipe(ROOT / "local" / "conf.yml", recipe_dir / "conf.yml")
-    given = parse_options(list(options), settings)
+    base = ROOT / "local" / "conf.yml"
+    defaults = read_recipe(base, recipe_dir / "conf.yml")
+    sizes = {*read_conf(base, section="model"), "n_src", "sample_rate"}
+    sizes -= {"checkpoint_activations"}
+    given = parse_options(list(options), defaults)
     for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
         if key in given and Path(str(given[key])).exists():
             given[key] = str(Path(given[key]).absolute())
-    settings = merge(settings, given, "options")
+    settings = merge(defaults, given, "options")
+    settings = without_foreign_start(settings, defaults, given, sizes)
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import recipes
 import soundfile as sf
 import torch
 
@@ -40,6 +41,12 @@ def refused():
 def pack():
     """Path of the embedded speech pack, with its data dirs train, valid and test."""
     return DATA
+
+
+@pytest.fixture(scope="session")
+def little_speech(pack, tmp_path_factory):
+    """A folder of data dirs with 20 s of three speakers a split, as wav files."""
+    return recipes.few_minutes(pack, tmp_path_factory.mktemp("little"))
 
 
 @pytest.fixture(scope="session")

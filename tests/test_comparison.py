@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import few_minutes, prepare
+from recipes import prepare
 
 from asteroid_tiny import Sepformer, comparison, peers
 from asteroid_tiny.comparison import (
@@ -41,11 +41,10 @@ TINY = dict(
 
 
 @pytest.fixture(scope="module")
-def run(pack, tmp_path_factory):
-    """A run with lists, of 20 s of three speakers a split: its folder and settings."""
+def run(little_speech, tmp_path_factory):
+    """A run with lists: its folder and settings."""
     folder = tmp_path_factory.mktemp("run")
-    speech = str(few_minutes(pack, folder / "speech"))
-    return prepare(folder, "minispeech", speech=speech, check=False, **TINY)
+    return prepare(folder, "minispeech", speech=str(little_speech), check=False, **TINY)
 
 
 @pytest.fixture

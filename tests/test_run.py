@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import recipes
 import soundfile as sf
 import torch
 import yaml
@@ -121,14 +120,8 @@ def test_stages_from_speech_to_results(tag):
     assert "best_model.pth is broken" in refusal("--stage", "3", "--tag", tag)
 
 
-@pytest.fixture
-def few_minutes(pack, tmp_path):
-    """A part of the embedded speech, as an option."""
-    return ["--speech", str(recipes.few_minutes(pack, tmp_path / "speech"))]
-
-
-def test_a_killed_run_continues_and_ends_alike(tag, few_minutes):
-    options = [*SHORT, *few_minutes]
+def test_a_killed_run_continues_and_ends_alike(tag, little_speech):
+    options = [*SHORT, "--speech", str(little_speech)]
     whole, killed = f"{tag}-whole", f"{tag}-killed"
     try:
         assert run("--stop_stage", "2", "--tag", whole, *options).returncode == 0

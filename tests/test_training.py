@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from asteroid_tiny import TinySepformer, UserError, training
@@ -153,6 +154,56 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
     assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+class Weights(pl.Callback):
+    """All weights after each step, as one vector."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, system, *_):
+        self.seen.append(torch.cat([p.detach().flatten() for p in system.model.parameters()]))
+
+
+def test_averaged_weights_are_kept_and_go_on_after_an_interruption(
+    model, speech, valid, tmp_path, monkeypatch
+):
+    watch, build_trainer = Weights(), training.build_trainer
+    monkeypatch.setattr(
+        training,
+        "build_trainer",
+        lambda folder, conf, callbacks, **options: build_trainer(
+            folder, conf, [watch, *callbacks], **options
+        ),
+    )
+    conf = {**CONF, "average": 0.7, "cooldown_steps": 0}
+    train(model, speech, valid, tmp_path, {**conf, "steps": 4})
+    again = TinySepformer(2, **SIZES, **DEPTH)
+    train(again, speech, valid, tmp_path, conf)
+    assert len(watch.seen) == 8
+    average = watch.seen[0]
+    for weights in watch.seen[1:]:
+        average = 0.7 * average + 0.3 * weights
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    kept = torch.cat([value.flatten() for value in last["state_dict"].values()])
+    torch.testing.assert_close(kept, average, rtol=1e-4, atol=1e-6)
+    assert (kept - watch.seen[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_is_stored_as_any_other(model, speech, valid, tmp_path):
+    train(model, speech, valid, tmp_path / "plain", CONF)
+    torch.manual_seed(0)
+    twin = TinySepformer(2, **SIZES, **DEPTH)
+    train(twin, speech, valid, tmp_path / "compiled", {**CONF, "compile": True})
+    twin.save(tmp_path / "model.pth")
+    stored = TinySepformer.from_pretrained(tmp_path / "model.pth").state_dict()
+    assert stored.keys() == model.state_dict().keys()
+    mixture = valid[0][0][None]
+    with torch.no_grad():
+        plain, compiled = (m.eval()(mixture) for m in (model, twin))
+    assert separation_loss(compiled, plain) < -25
 
 
 def test_curves_are_drawn_after_every_validation(model, speech, valid, tmp_path, monkeypatch):

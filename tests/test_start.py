@@ -1,0 +1,69 @@
+"""Trainings that begin with the weights of another model, and say so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipes
+import torch
+
+from asteroid_tiny import TinySepformer, from_pretrained
+from asteroid_tiny.config import read_conf
+from asteroid_tiny.recipe import evaluate_model, publish_model, train_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGED = "tiny-sepformer-xs_2spk_8k"
+AS_PACKAGED = dict.fromkeys(
+    key for key in recipes.SMALL if key in read_conf(ROOT / "local" / "conf.yml", section="model")
+)
+
+
+@pytest.fixture
+def run(little_speech, tmp_path):
+    """A run of the default recipe that changes nearly nothing: its folder and settings."""
+    few = dict(
+        speech=str(little_speech), check=False, n_valid=2, n_test=3, eval_segment=1.0, lr=1e-9
+    )
+    return recipes.prepare(tmp_path, "minispeech", **few, **AS_PACKAGED)
+
+
+def test_a_training_goes_on_from_packaged_weights_and_its_card_names_them(run, capsys):
+    exp_dir, settings = run
+    assert settings["init_from"] == PACKAGED
+    train_model(exp_dir, settings)
+    assert f"begins with {PACKAGED} weights" in capsys.readouterr().out
+    trained = TinySepformer.from_pretrained(exp_dir / "best_model.pth").state_dict()
+    for key, value in from_pretrained(PACKAGED).state_dict().items():
+        torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-6)
+    evaluate_model(exp_dir, settings)
+    publish_model(exp_dir, settings, given=dict(data_name="two clips", data_licence="CC0"))
+    card = " ".join((exp_dir / "publish" / "README.md").read_text().split())
+    told = f"It began with the weights of {PACKAGED}, which were trained on speechocean762"
+    assert told in card and "(CC BY 4.0)" in card
+
+
+def test_weights_of_another_size_are_refused(run, refused):
+    exp_dir, settings = run
+    with refused("init_from", PACKAGED, "other sizes"):
+        train_model(exp_dir, {**settings, "bn_chan": 64})
+
+
+@pytest.mark.parametrize(
+    "options, start",
+    [
+        ([], PACKAGED),
+        (["--lr", "0.001", "--preset", "tiny-sepformer-xs"], PACKAGED),
+        (["--checkpoint_activations", "true"], PACKAGED),
+        (["--init_from", "null"], None),
+        (["--n_src", "3"], None),
+        (["--preset", "tiny-sepformer-s"], None),
+        (["--n_filters", "64", "--init_from", PACKAGED], PACKAGED),  # refused when it trains
+    ],
+)
+def test_a_recipe_begins_with_its_weights_where_they_fit(options, start, run_folder):
+    exp = run_folder("minispeech")
+    command = [sys.executable, ROOT / "local" / "configure.py", "minispeech", exp.name, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == str(exp), done.stderr
+    assert read_conf(exp / "conf.yml")["init_from"] == start
