@@ -136,7 +136,7 @@ def describe(row):
     if "mixtures_per_s" in row:
         return f"{row['mixtures_per_s']:.0f} mixtures of {row['length']:g} s a second"
     if "step_s" in row:
-        return f"{row['step_s']:.3f} s a step on {row['device']}"
+        return f"{row['step_s']:.3f} s a step on {row['device']}{', compiled' * row['compiled']}"
     what = f"{row['length']:g} s of audio"
     if "skipped" in row:
         return f"{what}: not tried, it would take {row['skipped']}"

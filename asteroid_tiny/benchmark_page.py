@@ -5,6 +5,8 @@ from .measure import BUDGET, MATRIX, MEMORY_SHARE, MOST_RUNS
 from .models import PRESETS
 from .peers import PEERS
 from .plots import Axes
+from .published import quality_plot, quality_words
+from .tables import markdown, number, percent
 
 BASELINE, SMALL_PEER = "speechbrain-sepformer", "speechbrain-re-sepformer"
 TITLES = {
@@ -14,19 +16,6 @@ TITLES = {
     "dprnn": "Asteroid DPRNNTasNet",
     "dptnet": "Asteroid DPTNet",
     "sudormrf": "Asteroid SuDORMRFImproved",
-}
-#: Published SI-SNRi on WSJ0-2mix in dB: the model here whose operations were counted, or
-#: the published 1e9 multiply-accumulates a second; quality; where it was read. Without dynamic
-#: mixing but where it says DM.
-PUBLISHED = {
-    "Tiny-Sepformer-S": ("tiny-sepformer-s", 15.16, "plot in the repository of Papez"),
-    "SepFormer": ("sepformer", 20.4, "Subakan et al. 2021"),
-    "RE-SepFormer (DM)": (SMALL_PEER, 18.6, "Della Libera et al. 2022"),
-    "ConvTasNet": ("conv-tasnet", 15.3, "Luo and Mesgarani 2019"),
-    "DPRNN, kernel 16": ("dprnn", 17.7, "README of Asteroid's egs/wham/DPRNN"),
-    "Papez": (21.5, 19.2, "Oh et al. 2023; operations counted in its code, worst case"),
-    "TDANet": (9.0, 18.5, "Li et al. 2023"),
-    "SepReformer-T": (10.0, 22.4, "Shin et al. 2024"),
 }
 LIMITS_NOTE = (
     "“not tried (..)” is what a measurement would take, in proportion to the next shorter length, "
@@ -46,7 +35,8 @@ def write_page(folder, about, measured):
         Path: The page.
     """
     figures = Figures(about, measured)
-    pictures = {"cost": cost_plot(figures), "quality": quality_plot(figures)}
+    counted = figures.counted()
+    pictures = {"cost": cost_plot(figures), "quality": quality_plot(counted)}
     for name, picture in pictures.items():
         if picture:
             with whole_file(folder / f"{name}.svg") as part:
@@ -62,7 +52,7 @@ def write_page(folder, about, measured):
         gpu_table(figures) and "## On a GPU\n\n" + gpu_table(figures),
         "## Mixing on the fly\n\n" + mixing_words(figures),
         pictures["quality"]
-        and "## Quality of the papers against cost\n\n" + quality_words(figures),
+        and "## Quality of the papers against cost\n\n" + quality_words(counted),
         failures(figures),
     ]
     with whole_file(folder / "benchmark.md") as part:
@@ -94,6 +84,11 @@ class Figures:
         """Parameters, bytes and operations of a model, which are of no length (dict)."""
         rows = [r for r in self.by_task.get((name, "inference"), []) if "length" not in r]
         return {key: value for row in rows for key, value in row.items()}
+
+    def counted(self):
+        """1e9 multiply-accumulates for a second of audio, by model (dict)."""
+        sizes = {name: self.size(name) for name in self.models}
+        return {n: s["macs_per_s"] / 1e9 for n, s in sizes.items() if "macs_per_s" in s}
 
     def ratio(self, name, kind, key, of=BASELINE, of_kind=None, of_key=None):
         """A figure at the reference length over that of another model, or None."""
@@ -272,19 +267,21 @@ def gpu_table(figures):
     """A training step on a GPU."""
     rows = []
     for name in figures.models:
-        row = figures.row(name, "gpu")
+        row, compiled = (figures.row(name, "gpu", compiled=flag) for flag in (False, True))
         if row:
             rows.append(
                 {
                     "model": title(name),
                     "step, ms": scaled(row, "step_s", 1e-3),
+                    "compiled, ms": scaled(compiled, "step_s", 1e-3),
                     "peak, MB": scaled(row, "peak_bytes", 1e6),
                     "largest batch": f"{row['largest_batch']}" if "largest_batch" in row else "-",
                 }
             )
     note = (
         f"Training under bf16 autocast, mixtures of {figures.reference:g} s, one at a time: mean "
-        "of ten steps by CUDA events, peak of allocated memory, largest batch that fits."
+        "of ten steps by CUDA events, the same with torch.compile, peak of allocated memory, "
+        "largest batch that fits."
     )
     return rows and f"{note}\n\n{markdown(rows)}"
 
@@ -325,59 +322,13 @@ def cost_plot(figures):
         return None
     xs, ys = (sum((list(line[i]) for line in lines.values()), []) for i in (0, 1))
     axes = Axes(xs, ys, "length (s)", "CPU seconds per second of audio", log="xy", right=135)
+    colours = {name: 0 if name in PRESETS else 1 for name in lines}
     for name, (x, y) in lines.items():
-        axes.line(x, y, colour=colour(name))
+        axes.line(x, y, colour=colours[name])
     ends = [(x[-1], y[-1]) for x, y in lines.values()]
     names = [title(name).strip("`") for name in lines]
-    axes.words(*zip(*ends), names, map(colour, lines))
+    axes.words(*zip(*ends), names, colours.values())
     return axes.svg()
-
-
-def quality_plot(figures):
-    """Published quality against operations (SVG)."""
-    places = published_places(figures)
-    if not places:
-        return None
-    axes = Axes(
-        [macs for macs, *_ in places.values()],
-        [quality for _, quality, _ in places.values()],
-        "GMAC per second of audio",
-        "published SI-SNRi on WSJ0-2mix (dB)",
-        log="x",
-        right=100,
-    )
-    names = list(places)
-    xs, ys = [places[n][0] for n in names], [places[n][1] for n in names]
-    colours = [colour(PUBLISHED[n][0]) for n in names]
-    for x, y, name, which in zip(xs, ys, names, colours):
-        axes.dots([x], [y], [name], colour=which)
-    axes.words(xs, ys, names, colours)
-    return axes.svg()
-
-
-def published_places(figures):
-    """1e9 multiply-accumulates a second, quality and source by model."""
-    places = {}
-    for name, (cost, quality, source) in PUBLISHED.items():
-        if isinstance(cost, str):
-            cost = figures.size(cost).get("macs_per_s", 0) / 1e9
-        if cost:
-            places[name] = cost, quality, source
-    return places
-
-
-def quality_words(figures):
-    """The plot, and where its figures are from."""
-    sources = "; ".join(
-        f"{name} {quality:g} dB ({source})"
-        for name, (_, quality, source) in published_places(figures).items()
-    )
-    return (
-        "![published SI-SNRi against operations](quality.svg)\n\n"
-        "None of these qualities was measured here: they are published, on WSJ0-2mix, without "
-        f"dynamic mixing but where it says DM. {sources}. The operations are counted here for the "
-        "models above and published for TDANet and SepReformer."
-    )
 
 
 def failures(figures):
@@ -396,11 +347,6 @@ def title(name):
     return TITLES.get(name, f"`{name}`" if name in PRESETS else name)
 
 
-def colour(name):
-    """Presets in one colour, peers in another."""
-    return 0 if name in PRESETS else 1
-
-
 def cell(row, key):
     """A figure of a row as text, or why there is none."""
     if row.get(key) is not None:
@@ -411,44 +357,3 @@ def cell(row, key):
 def scaled(row, key, unit):
     """As `cell`, in another unit."""
     return number(row[key] / unit) if row.get(key) is not None else cell(row, key)
-
-
-def number(value, digits=3):
-    """Three digits that count, or a dash for None.
-
-    Examples:
-        >>> number(1234.5), number(25.679), number(0.4, 2), number(None)
-        ('1234', '25.7', '0.40', '-')
-    """
-    if value is None:
-        return "-"
-    before = len(f"{abs(value):.0f}") if abs(value) >= 1 else 0
-    return f"{value:.{max(0, digits - before)}f}"
-
-
-def percent(share):
-    """A share as text."""
-    return "-" if share is None else f"{100 * share:.0f} %"
-
-
-def markdown(rows):
-    """Rows as a Markdown table: the first column to the left, the others to the right.
-
-    Args:
-        rows (list of dict): With the same keys.
-
-    Examples:
-        >>> print(markdown([{"model": "a", "MB": "1.5"}]))
-        | model |  MB |
-        |:------|----:|
-        | a     | 1.5 |
-    """
-    keys = list(rows[0])
-    widths = [max(len(text) for text in (key, *(row[key] for row in rows))) for key in keys]
-
-    def line(texts):
-        padded = (t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(texts, widths)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(f"{'-' * (w + 1)}:" if i else f":{'-' * (w + 1)}" for i, w in enumerate(widths))
-    return "\n".join([line(keys), f"|{rule}|", *(line(row.values()) for row in rows)])

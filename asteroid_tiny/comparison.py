@@ -38,6 +38,7 @@ from .plots import COLOURS, Axes, side_by_side
 from .preparation import list_path, make_lists, open_list, open_training, prepare_speech
 from .recipe import build_model, without_paths
 from .summary import mean_interval
+from .tables import markdown
 
 #: The contenders of the group ``models``, with the sizes of their papers or recipes.
 MODELS = (*PRESETS, "conv-tasnet", "dprnn")
@@ -290,9 +291,7 @@ def format_comparison(whole):
         base = results.get(BASE) if group == "variants" else None
         rows = [_row(name, results[name], settings, base) for name in names]
         titles = list(dict.fromkeys(title for row in rows for title in row))
-        lines = [titles, ["---"] * len(titles)]
-        lines += [[row.get(title, "") for title in titles] for row in rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = markdown([{title: row.get(title, "") for title in titles} for row in rows])
         parts += [f"## {group.capitalize()}", table]
     return "\n\n".join(parts) + "\n"
 

@@ -120,22 +120,18 @@ def mixing(exp_dir, settings):
 
 
 def gpu(name, length):
-    """A training step under bf16 autocast on a GPU: time, memory, largest batch. Not tested."""
+    """A training step under bf16 autocast on a GPU: time, memory, largest batch; time of the
+    compiled model. Not tested.
+    """
     device = torch.device("cuda")
-    model = build(name).to(device).train()
-    step = training_step(model, torch.autocast("cuda", torch.bfloat16))
     mixture = noise(length).to(device)
-    for _ in range(3):  # warm-up
-        step(mixture)
-    torch.cuda.reset_peak_memory_stats()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(10):
-        step(mixture)
-    end.record()
-    torch.cuda.synchronize()
-    row = {"length": length, "device": torch.cuda.get_device_name()}
-    row |= {"step_s": begin.elapsed_time(end) / 1e3 / 10}
+    common = {"length": length, "device": torch.cuda.get_device_name()}
+
+    def step_of(model):
+        return training_step(model.to(device).train(), torch.autocast("cuda", torch.bfloat16))
+
+    step = step_of(build(name))
+    row = {**common, "compiled": False, "step_s": cuda_seconds(lambda: step(mixture))}
     row |= {"peak_bytes": torch.cuda.max_memory_allocated()}
 
     def fits(batch_size):
@@ -148,6 +144,24 @@ def gpu(name, length):
         return True
 
     yield {**row, "largest_batch": largest(fits)}
+    model = build(name)
+    model.compile()
+    step = step_of(model)
+    yield {**common, "compiled": True, "step_s": cuda_seconds(lambda: step(mixture))}
+
+
+def cuda_seconds(run, n_runs=10):
+    """Mean time of a run on a GPU in seconds, after three to warm up; peak memory begins anew."""
+    for _ in range(3):
+        run()
+    torch.cuda.reset_peak_memory_stats()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(n_runs):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / n_runs
 
 
 def largest(fits):
