@@ -258,7 +258,7 @@ def forms_table(figures):
         )
     note = (
         f"CPU seconds for {figures.reference:g} s of audio; bf16 by autocast, ONNX in onnxruntime. "
-        "“int8 to fp32”: SI-SDR of the estimates, with untrained weights on noise."
+        "“int8 to fp32”: SI-SDR of the estimates of a real mixture, with untrained weights."
     )
     return rows and f"{note}\n\n{markdown(rows)}"
 

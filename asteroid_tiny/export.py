@@ -3,14 +3,20 @@
 A file is checked against its model before it is kept, and says in its metadata what it is.
 """
 
+import contextlib
 import json
+import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
+import soundfile
+import soxr
 import torch
 
 from .errors import UserError
 from .files import whole_file
+from .hub import example_mixture
 
 LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
 TOLERANCE = 1e-3  # of the largest sample of the estimates, for fp32
@@ -30,7 +36,7 @@ def export_onnx(model, path, quantize=None, speech=None):
         path (str or Path): The file to write.
         quantize (str, optional): ``"int8"`` for weights of 8 bits; fp32 without.
         speech (torch.Tensor, optional): Mixture of (time,) samples on which int8 is compared with
-            fp32; noise in the colours of speech without.
+            fp32; the bundled one (`example_mixture`) without.
 
     Returns:
         dict: `bytes`, and what was checked: `largest_error` of fp32 or `si_sdr` (dB) and `size`
@@ -43,7 +49,7 @@ def export_onnx(model, path, quantize=None, speech=None):
     if quantize not in (None, "int8"):
         raise UserError(f"quantize must be int8, not {quantize!r}")
     onnx = _import("onnx")
-    with whole_file(path) as part:
+    with whole_file(path) as part, quiet():
         save_fp32(model, part)
         outcome = {"largest_error": check_lengths(model, part)}
         if quantize:
@@ -57,6 +63,19 @@ def export_onnx(model, path, quantize=None, speech=None):
         onnx.save(file, part)
         outcome["bytes"] = part.stat().st_size
     return outcome
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what the exporters say of packages and steps that are not needed here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def save_fp32(model, path):
@@ -151,7 +170,7 @@ def save_int8(path, sample_rate, speech=None):
 
     quantization = _import("onnxruntime.quantization")
     if speech is None:
-        speech = coloured_noise(4 * round(sample_rate))
+        speech = real_mixture(sample_rate)
     wanted = OnnxSeparator(path, sample_rate=sample_rate)(speech[None])
     fp32_bytes = path.stat().st_size
     small = path.with_name(f"{path.stem}.int8{path.suffix}")
@@ -173,11 +192,10 @@ def save_int8(path, sample_rate, speech=None):
     return {"si_sdr": si_sdr, "size": size}
 
 
-def coloured_noise(length):
-    """Noise that falls by 6 dB an octave, (length,), always the same."""
-    noise = torch.randn(length, generator=torch.Generator().manual_seed(0)).cumsum(0)
-    noise = noise - noise.mean()
-    return 0.1 * noise / noise.abs().max()
+def real_mixture(sample_rate):
+    """The mixture of two speakers that comes with the package, at any rate: (time,)."""
+    samples, rate = soundfile.read(example_mixture(), dtype="float32")
+    return torch.from_numpy(soxr.resample(samples, rate, sample_rate))
 
 
 class OnnxSeparator(torch.nn.Module):
@@ -245,5 +263,6 @@ def _import(name):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(
-            "export needs onnx, onnxscript and onnxruntime: pip install 'asteroid-tiny[export]'"
+            "export needs onnx, onnxscript and onnxruntime: pip install '.[export]' in the "
+            "repository of asteroid-tiny"
         ) from None

@@ -5,10 +5,11 @@ import shutil
 
 import onnx
 import pytest
+import soundfile as sf
 import torch
 from small import ratio_db, small
 
-from asteroid_tiny import export
+from asteroid_tiny import example_mixture, export
 from asteroid_tiny.export import OnnxSeparator, export_onnx
 
 SIZES = dict(n_filters=64, bn_chan=64, ff_hid=128, n_repeats=1, n_intra_layers=2, n_inter_layers=1)
@@ -91,6 +92,14 @@ def test_int8_is_close_and_small_or_refused(exported, tmp_path, refused, speech,
     with refused("int8 would take", "nothing was kept"):
         export_onnx(model, tmp_path / "other.onnx", "int8", speech)
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_without_speech_of_ones_own_int8_is_compared_on_the_bundled_mixture(rate):
+    bundled, there = sf.read(example_mixture(), dtype="float32")
+    mixture = export.real_mixture(rate)
+    assert len(mixture) == pytest.approx(len(bundled) * rate / there, abs=2)
+    assert ratio_db(mixture[:: rate // there], torch.from_numpy(bundled)) > 20
 
 
 def test_torch_export_with_a_dynamic_length():
