@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from small import n_parameters, small
 from asteroid_tiny import benchmark as stage
 from asteroid_tiny import measure
 from asteroid_tiny.benchmark import benchmark
+from asteroid_tiny.benchmark_page import Figures, gpu_table
 from asteroid_tiny.cost import count_macs, saved_bytes
 from asteroid_tiny.peers import PEERS, build_peer
+from asteroid_tiny.tables import number
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -193,6 +196,42 @@ def test_a_measurement_runs_in_a_process_of_its_own(capfd):
     assert "tiny-sepformer-xs        inference 0.25 s of audio" in capfd.readouterr().out
     (row,) = stage.measure({"kind": "bf16", "name": "tiny-sepformer-xs", "length": -1})
     assert "negative dimension" in row["failed"]
+
+
+class Clock:
+    """In place of a CUDA event."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.time - self.time)
+
+
+def test_the_measurement_on_a_gpu_with_a_cpu_in_its_place(monkeypatch):
+    instead = {
+        "Event": Clock,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 10**9,
+        "get_device_name": lambda: "a GPU",
+    }
+    for key, value in instead.items():
+        monkeypatch.setattr(torch.cuda, key, value)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(measure, "MOST_BATCH", 2)
+    plain, other = measure.gpu("tiny-sepformer-xs", 0.25, device="cpu")
+    assert plain["largest_batch"] == 2 and plain["peak_bytes"] == 10**9
+    assert 0 < plain["step_s"] < 5 and 0 < other["step_s"] < 5 and len(compiled) == 1
+    entry = {"task": {"kind": "gpu", "name": "tiny-sepformer-xs"}, "rows": [plain, other]}
+    about = {"models": ["tiny-sepformer-xs"], "reference": 0.25, "lengths": [0.25]}
+    table = gpu_table(Figures(about, [entry]))
+    assert all(number(1e3 * row["step_s"]) in table for row in (plain, other))
+    assert stage.describe(other).endswith("s a step on a GPU, compiled")
 
 
 def test_stage_5_is_a_stage_and_refuses_what_it_cannot_measure(refused, run_folder):
