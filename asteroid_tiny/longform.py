@@ -15,6 +15,7 @@ from .audio import fit, open_recording, resample, scratch, write_tracks
 from .errors import UserError
 from .files import reason
 from .tracking import SpeakerTracker
+from .upper_band import share_rest
 
 BLOCK, OVERLAP = 8.0, 4.0  # s
 
@@ -195,7 +196,9 @@ class _Join:
         return done
 
 
-def separate_file(model, path, targets, peak=None, progress=None, **options):
+def separate_file(
+    model, path, targets, peak=None, progress=None, mixture_consistency=True, **options
+):
     """Separates an audio file into one file a speaker, at the rate of the recording.
 
     Args:
@@ -205,6 +208,8 @@ def separate_file(model, path, targets, peak=None, progress=None, **options):
         peak (float, optional): See `audio.write_tracks`.
         progress (callable, optional): Told the seconds that were just done, and the length in
             seconds or None.
+        mixture_consistency (bool): Whether the files are brought to sum to the recording, in the
+            model's band as `make_consistent` does and above as `upper_band` does.
         **options: See `separate_stream`.
 
     Returns:
@@ -217,6 +222,7 @@ def separate_file(model, path, targets, peak=None, progress=None, **options):
     with open_recording(path) as recording, scratch(Path(targets[0]).parent) as store:
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
+        options = {**options, "mixture_consistency": mixture_consistency}
         for estimates in separate_stream(model, pieces, **options):
             if len(estimates) != len(targets):
                 raise UserError(f"the model gives {len(estimates)} sources, not {len(targets)}")
@@ -228,7 +234,12 @@ def separate_file(model, path, targets, peak=None, progress=None, **options):
 
         def tracks():
             stored = resample(_get(store, len(targets)), rate, recording.sample_rate)
-            return fit(stored, recording.n_read)
+            stored = fit(stored, recording.n_read)
+            if not mixture_consistency or recording.sample_rate <= rate:
+                yield from stored
+                return
+            with open_recording(path) as again:
+                yield from share_rest(stored, again.pieces(), recording.sample_rate)
 
         gain = write_tracks(targets, tracks, recording.sample_rate, peak)
     seconds = recording.n_read / recording.sample_rate
