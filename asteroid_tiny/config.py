@@ -185,13 +185,13 @@ def without_foreign_start(settings, defaults, given, sizes):
         settings (dict): The recipe's defaults merged with the options.
         defaults (dict): Of the recipe.
         given (dict): The options.
-        sizes (set of str): Settings on which the weights of a model depend.
+        sizes (set of str): Settings without which the weights of a model do not fit.
 
     Examples:
-        >>> defaults = {"init_from": "small", "n_src": 2}
-        >>> without_foreign_start({"init_from": "small", "n_src": 3}, defaults, {"n_src": 3},
-        ...                       {"n_src"})
-        {'init_from': None, 'n_src': 3}
+        >>> defaults = {"init_from": "small", "ff_hid": 2}
+        >>> without_foreign_start({"init_from": "small", "ff_hid": 3}, defaults, {"ff_hid": 3},
+        ...                       {"ff_hid"})
+        {'init_from': None, 'ff_hid': 3}
     """
     is_other = any(settings[key] != defaults[key] for key in sizes)
     return {**settings, "init_from": None} if is_other and "init_from" not in given else settings

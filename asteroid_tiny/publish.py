@@ -40,7 +40,8 @@ LIMITS = """It separates mixtures of {n_src} speakers at {sample_rate:g} Hz, and
 USE = """```python
 import asteroid_tiny
 
-model = asteroid_tiny.from_pretrained("{name}")  # or "user/repo" on the hub, or a folder
+# or "user/repo" on the hub, or a folder
+model = asteroid_tiny.from_pretrained("{name}")
 model.separate("mixture.wav", resample=True)  # writes mixture_est1.wav and so on
 ```"""
 

@@ -92,16 +92,23 @@ def train_model(exp_dir, settings):
 def copy_weights(model, name_or_path):
     """Gives a model the weights of another of the same sizes, to go on from there.
 
+    From a model of another number of sources all weights come but those of the one layer that makes
+    a signal for each source, which stay as they are.
+
     Raises:
         UserError: If there is no such model or it has other sizes.
     """
     other = type(model).from_pretrained(name_or_path)
+    weights = other.state_dict()
+    if other.masker.n_src != model.masker.n_src:
+        own = model.state_dict()
+        weights.update({key: own[key] for key in own if key.startswith("masker.to_sources.")})
     try:
-        model.load_state_dict(other.state_dict())
+        model.load_state_dict(weights)
     except RuntimeError:
         raise UserError(
             f"--init_from {name_or_path} has other sizes than this run's model; give its preset "
-            "and number of sources as options"
+            "as an option"
         ) from None
 
 

@@ -24,8 +24,7 @@ def main(recipe, tag, *options):
         raise UserError(f"there is no recipe {recipe!r}; there are: {there}")
     base = ROOT / "local" / "conf.yml"
     defaults = read_recipe(base, recipe_dir / "conf.yml")
-    sizes = {*read_conf(base, section="model"), "n_src", "sample_rate"}
-    sizes -= {"checkpoint_activations"}
+    sizes = {*read_conf(base, section="model"), "sample_rate"} - {"checkpoint_activations"}
     given = parse_options(list(options), defaults)
     for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
         if key in given and Path(str(given[key])).exists():

@@ -20,12 +20,17 @@ AS_PACKAGED = dict.fromkeys(
 
 
 @pytest.fixture
-def run(little_speech, tmp_path):
-    """A run of the default recipe that changes nearly nothing: its folder and settings."""
+def make_run(little_speech, tmp_path):
+    """Makes a run of the default recipe that changes nearly nothing: its folder and settings."""
     few = dict(
         speech=str(little_speech), check=False, n_valid=2, n_test=3, eval_segment=1.0, lr=1e-9
     )
-    return recipes.prepare(tmp_path, "minispeech", **few, **AS_PACKAGED)
+    return lambda **more: recipes.prepare(tmp_path, "minispeech", **few, **AS_PACKAGED, **more)
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run()
 
 
 def test_a_training_goes_on_from_packaged_weights_and_its_card_names_them(run, capsys):
@@ -49,6 +54,16 @@ def test_weights_of_another_size_are_refused(run, refused):
         train_model(exp_dir, {**settings, "bn_chan": 64})
 
 
+def test_weights_for_two_sources_begin_a_training_for_three(make_run):
+    exp_dir, settings = make_run(n_src=3)
+    train_model(exp_dir, settings)
+    trained = TinySepformer.from_pretrained(exp_dir / "best_model.pth")
+    assert trained.n_src == 3
+    for key, value in from_pretrained(PACKAGED).state_dict().items():
+        if not key.startswith("masker.to_sources."):
+            torch.testing.assert_close(trained.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options, start",
     [
@@ -56,7 +71,7 @@ def test_weights_of_another_size_are_refused(run, refused):
         (["--lr", "0.001", "--preset", "tiny-sepformer-xs"], PACKAGED),
         (["--checkpoint_activations", "true"], PACKAGED),
         (["--init_from", "null"], None),
-        (["--n_src", "3"], None),
+        (["--n_src", "3"], PACKAGED),
         (["--preset", "tiny-sepformer-s"], None),
         (["--n_filters", "64", "--init_from", PACKAGED], PACKAGED),  # refused when it trains
     ],
