@@ -139,8 +139,9 @@ def improvements(model, valid_set, conf):
     with torch.inference_mode():
         for mixtures, sources in validation_loader(valid_set, conf):
             estimates = model(mixtures.to(device)).float().cpu()
-            before = _si_sdr(mixtures[:, None].expand_as(sources), sources)
-            found += (_si_sdr(estimates, sources) - before).tolist()
+            with torch.autocast("cpu", enabled=False):  # which would round them
+                before = _si_sdr(mixtures[:, None].expand_as(sources), sources)
+                found += (_si_sdr(estimates, sources) - before).tolist()
     model.train(was_training)
     return found
 

@@ -25,6 +25,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
@@ -34,6 +35,8 @@ from .weights import load_weights_only, save_whole
 
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
+
+say = rank_zero_only(print)
 
 
 def separation_loss(estimates, sources):
@@ -51,8 +54,10 @@ def separation_loss(estimates, sources):
         >>> separation_loss(sources.flip(1), sources)
         tensor(-30.)
     """
-    pairwise = pairwise_neg_sisdr(estimates.float(), sources.float())
-    loss, _ = PITLossWrapper.find_best_perm(pairwise)
+    # under bf16 autocast the best permutation would be rounded to a tenth of a dB
+    with torch.autocast(estimates.device.type, enabled=False):
+        pairwise = pairwise_neg_sisdr(estimates.float(), sources.float())
+        loss, _ = PITLossWrapper.find_best_perm(pairwise)
     return loss.clamp(min=-BEST_POSSIBLE_DB).mean()
 
 
@@ -180,8 +185,8 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         save_whole(checkpoint, path)
 
-    def load_checkpoint(self, path, map_location=None, weights_only=True):
-        try:
+    def load_checkpoint(self, path, map_location="cpu", weights_only=True):
+        try:  # on the CPU first, which every machine has
             return load_weights_only(path, map_location)
         except UserError as error:
             raise UserError(f"{error}; delete it to go on without it") from None
@@ -220,11 +225,16 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         UserError: If a checkpoint is broken, the disk is full or the loss is no number.
     """
     exp_dir = Path(exp_dir)
-    epochs = max(1, round(conf["steps"] / conf["steps_per_epoch"]))
-    conf = {**conf, "steps": epochs * conf["steps_per_epoch"]}
+    whole = whole_epochs(conf)
+    changed = {key: value for key, value in whole.items() if value != conf[key]}
+    if changed:
+        told = ", ".join(f"{key} {value}" for key, value in changed.items())
+        say(f"  for whole epochs and the whole schedule: {told}")
+    conf = whole
     system = build_system(model, train_speech, valid_set, conf)
     best = checkpoints(exp_dir, "best", monitor="val_loss")
     average = [EMAWeightAveraging(decay=conf["average"])] if conf["average"] else []
+    epochs = conf["steps"] // conf["steps_per_epoch"]
     trainer = build_trainer(exp_dir, conf, [*average, best], max_epochs=epochs)
     fit(trainer, system, exp_dir)
     if not trainer.is_global_zero:
@@ -234,11 +244,35 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
 
 
+def whole_epochs(conf):
+    """The settings of a training of whole epochs into which its schedule fits.
+
+    Args:
+        conf (dict): The keys of the `training` section.
+
+    Returns:
+        dict: The same with `steps` a multiple of `steps_per_epoch`, which is at most `steps`, and
+        with `warmup_steps` and `cooldown_steps` shortened alike where together they are more than
+        `steps`, so that `lr` is reached.
+
+    Examples:
+        >>> conf = dict(steps=450, steps_per_epoch=100, warmup_steps=100, cooldown_steps=700)
+        >>> whole_epochs(conf)
+        {'steps': 400, 'steps_per_epoch': 100, 'warmup_steps': 50, 'cooldown_steps': 350}
+    """
+    per_epoch = min(conf["steps"], conf["steps_per_epoch"])
+    steps = round(conf["steps"] / per_epoch) * per_epoch
+    ramps = {key: conf[key] for key in ("warmup_steps", "cooldown_steps")}
+    share = min(1.0, steps / max(1, sum(ramps.values())))
+    ramps = {key: int(share * n) for key, n in ramps.items()}
+    return {**conf, "steps": steps, "steps_per_epoch": per_epoch, **ramps}
+
+
 def build_system(model, train_speech, valid_set, conf):
     """What Lightning trains: the model with its batches, loss, optimiser and schedule.
 
     Args:
-        model, train_speech, conf: As in `train`; `steps` is a multiple of `steps_per_epoch`.
+        model, train_speech, conf: As in `train`; `conf` as `whole_epochs` gives it.
         valid_set (MixtureList): As in `train`; None to go without.
     """
     pl.seed_everything(conf["seed"], verbose=False)
@@ -341,9 +375,22 @@ def strategy(conf):
     return DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)
 
 
+class Checkpoints(ModelCheckpoint):
+    """Lightning's, which knows its files again in a folder that was moved."""
+
+    def load_state_dict(self, state):
+        def here(path):
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        state = {**state, "dirpath": self.dirpath, **{key: here(state[key]) for key in paths}}
+        state["best_k_models"] = {here(path): v for path, v in state["best_k_models"].items()}
+        super().load_state_dict(state)
+
+
 def checkpoints(exp_dir, name, monitor=None):
     """Keeps checkpoints/NAME.ckpt: of the last epoch, or of that with the least of a metric."""
-    return ModelCheckpoint(
+    return Checkpoints(
         exp_dir / "checkpoints",
         filename=name,
         monitor=monitor,
@@ -395,8 +442,9 @@ def validation_loader(valid_set, conf):
 
 
 def precision(conf):
-    """Lightning's name of the precision: bf16 on a GPU unless the configuration says otherwise."""
+    """Lightning's name of the precision: bf16 on a GPU that has it, or what `conf` says."""
     if conf["precision"] != "auto":
         return conf["precision"]
     on_gpu = conf["accelerator"] != "cpu" and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu else "32-true"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bf16 else "32-true"

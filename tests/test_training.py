@@ -67,6 +67,14 @@ def test_the_loss_is_negative_si_sdr_of_the_best_order():
     assert separation_loss(3 * estimates.bfloat16(), sources).item() == pytest.approx(-20, abs=1)
 
 
+def test_the_loss_is_not_rounded_under_bf16_autocast():
+    sources = torch.randn(4, 2, 800)
+    estimates = sources + 0.2 * torch.randn_like(sources)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = separation_loss(estimates, sources)
+    assert loss.item() == separation_loss(estimates, sources).item()
+
+
 def test_items_beyond_30_db_teach_nothing():
     sources = torch.randn(1, 2, 800)
     estimates = (sources + 0.003 * torch.randn_like(sources)).requires_grad_()
@@ -154,6 +162,29 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
     assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+def test_a_training_that_moves_keeps_its_best_weights(model, speech, valid, tmp_path):
+    best = train(model, speech, valid, tmp_path / "here", {**CONF, "steps": 4})
+    (tmp_path / "here").rename(tmp_path / "there")
+    other = TinySepformer(2, **SIZES, **DEPTH)
+    again = train(other, speech, valid, tmp_path / "there", {**CONF, "steps": 4})
+    assert again == best
+    spoilt = tmp_path / "there" / "checkpoints" / "last.ckpt"
+    state = torch.load(spoilt, weights_only=True)
+    state["state_dict"] = {k: torch.zeros_like(v) for k, v in state["state_dict"].items()}
+    torch.save(state, spoilt)
+    worse = train(other, speech, valid, tmp_path / "there", {**CONF, "steps": 6, "lr": 1e-9})
+    assert worse["val_si_sdr"] == best["val_si_sdr"] and worse["steps"] == 6
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+
+
+def test_a_short_training_reaches_its_learning_rate_and_says_what_it_changed(
+    model, speech, valid, tmp_path, capsys
+):
+    train(model, speech, valid, tmp_path, {**CONF, "steps": 5, "cooldown_steps": 10})
+    told = "for whole epochs and the whole schedule: steps 4, warmup_steps 0, cooldown_steps 3"
+    assert told in capsys.readouterr().out
 
 
 class Weights(pl.Callback):
