@@ -178,25 +178,6 @@ def parse_options(options, known):
     return given
 
 
-def without_foreign_start(settings, defaults, given, sizes):
-    """Settings that begin with random weights where those of the recipe are of another model.
-
-    Args:
-        settings (dict): The recipe's defaults merged with the options.
-        defaults (dict): Of the recipe.
-        given (dict): The options.
-        sizes (set of str): Settings without which the weights of a model do not fit.
-
-    Examples:
-        >>> defaults = {"init_from": "small", "ff_hid": 2}
-        >>> without_foreign_start({"init_from": "small", "ff_hid": 3}, defaults, {"ff_hid": 3},
-        ...                       {"ff_hid"})
-        {'init_from': None, 'ff_hid': 3}
-    """
-    is_other = any(settings[key] != defaults[key] for key in sizes)
-    return {**settings, "init_from": None} if is_other and "init_from" not in given else settings
-
-
 def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
 
@@ -215,6 +196,14 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     path = Path(exp_dir) / "conf.yml"
     if path.exists():
         begun = read_conf(path)
+        recipe_dir = Path(exp_dir).resolve().parents[1]
+        before = recipe_dir / begun["speech"]
+        now = recipe_dir / given.get("speech", begun["speech"])
+        if before.exists() and not (now.exists() and now.samefile(before)):
+            raise UserError(
+                f"{exp_dir} was begun with the speech in {before}, which is still there; choose "
+                "another --tag for other speech"
+            )
         for key, value in given.items():
             if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(

@@ -35,6 +35,8 @@ from .models import PRESETS, from_pretrained
 from .preparation import open_list, open_training
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
+#: Arguments of a model that its weights need not share with those that they begin with.
+NO_SIZES = ("n_src", "fb_init", "dropout", "checkpoint_activations")
 
 
 def build_model(settings):
@@ -60,9 +62,31 @@ def build_model(settings):
         raise UserError(f"the model cannot be built: {error}") from None
 
 
+def without_foreign_start(settings, defaults, given):
+    """Settings that begin with random weights where those of the recipe are of another model.
+
+    Args:
+        settings (dict): The recipe's defaults merged with the options.
+        defaults (dict): Of the recipe.
+        given (dict): The options.
+
+    Returns:
+        dict: The settings, without an `init_from` that the options do not name if the model is of
+        another class, size or sample rate than that of the recipe.
+    """
+    if "init_from" in given or not settings["init_from"]:
+        return settings
+    with torch.device("meta"):
+        model, other = build_model(settings), build_model(defaults)
+    args, other_args = model.get_model_args(), other.get_model_args()
+    sizes = [key for key in args if key not in NO_SIZES]
+    fits = type(model) is type(other) and all(args[key] == other_args[key] for key in sizes)
+    return settings if fits else {**settings, "init_from": None}
+
+
 def train_model(exp_dir, settings):
     """Stage 2: trains the model, or continues to."""
-    from .training import train  # late: Lightning takes seconds to import
+    from .training import say, train  # late: Lightning takes seconds to import
 
     exp_dir = Path(exp_dir)
     target = exp_dir / "best_model.pth"
@@ -73,7 +97,10 @@ def train_model(exp_dir, settings):
     model = build_model(settings)
     if settings["init_from"]:
         copy_weights(model, settings["init_from"])
-    print(f"  begins with {settings['init_from'] or 'random'} weights")
+    if (exp_dir / "checkpoints" / "last.ckpt").exists():
+        say("  continues from the last epoch")
+    else:
+        say(f"  begins with {settings['init_from'] or 'random'} weights")
     speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
     began = time.time()

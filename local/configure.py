@@ -8,9 +8,7 @@ from asteroid_tiny.config import (
     begin_run,
     merge,
     parse_options,
-    read_conf,
     read_recipe,
-    without_foreign_start,
 )
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
@@ -24,19 +22,18 @@ def main(recipe, tag, *options):
         raise UserError(f"there is no recipe {recipe!r}; there are: {there}")
     base = ROOT / "local" / "conf.yml"
     defaults = read_recipe(base, recipe_dir / "conf.yml")
-    sizes = {*read_conf(base, section="model"), "sample_rate"} - {"checkpoint_activations"}
     given = parse_options(list(options), defaults)
     for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
         if key in given and Path(str(given[key])).exists():
             given[key] = str(Path(given[key]).absolute())
     settings = merge(defaults, given, "options")
-    settings = without_foreign_start(settings, defaults, given, sizes)
+    from asteroid_tiny.recipe import build_model, without_foreign_start  # late: they need torch
+
+    build_model(settings)
+    settings = without_foreign_start(settings, defaults, given)
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag
-    from asteroid_tiny.recipe import build_model  # late: a wrong option needs no model
-
-    build_model(settings)
     begin_run(exp_dir, settings, given)
     print(exp_dir)
 

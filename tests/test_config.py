@@ -238,6 +238,19 @@ def test_a_run_may_move_to_another_machine(tmp_path):
     assert begin(tmp_path) == moved
 
 
+def test_a_run_keeps_its_speech_while_that_is_there(tmp_path, refused):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    exp_dir = tmp_path / "exp" / "run"
+    begin(exp_dir, "--speech", str(first))
+    with refused(exp_dir, "was begun with the speech in", first, "--tag"):
+        begin(exp_dir, "--speech", str(second))
+    same = f"{tmp_path}/exp/../first"
+    assert begin(exp_dir, "--speech", same)["speech"] == same
+    first.rename(second)
+    assert begin(exp_dir, "--speech", str(second))["speech"] == str(second)
+
+
 def test_the_settings_of_a_run_are_written_whole(tmp_path, monkeypatch):
     begun = begin(tmp_path, "--lr", "1e-5")
 

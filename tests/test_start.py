@@ -73,6 +73,8 @@ def test_weights_for_two_sources_begin_a_training_for_three(make_run):
         (["--init_from", "null"], None),
         (["--n_src", "3"], PACKAGED),
         (["--preset", "tiny-sepformer-s"], None),
+        (["--n_filters", "64"], None),
+        (["--dropout", "0.1", "--n_heads", "4"], PACKAGED),  # 4 is what the preset has
         (["--n_filters", "64", "--init_from", PACKAGED], PACKAGED),  # refused when it trains
     ],
 )
