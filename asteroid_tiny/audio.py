@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from .data.kaldi import NO_LENGTH
 from .errors import UserError
 from .files import reason, whole_file
 
@@ -67,8 +68,13 @@ def open_recording(path):
         raise UserError(f"{path} is no file")
     try:
         file = soundfile.SoundFile(path)
+        why = "it tells no length" if file.frames >= NO_LENGTH else None  # made by a pipe
     except soundfile.LibsndfileError as error:
-        with _through_ffmpeg(path, error) as recording:
+        why = error.error_string.strip(" .")
+    except TypeError:  # of soundfile, for the suffix .raw
+        why = "it is raw, which tells neither rate nor format"
+    if why:
+        with _through_ffmpeg(path, why) as recording:
             yield recording
         return
     with file:
@@ -84,12 +90,11 @@ def _told(blocks, path):
 
 
 @contextlib.contextmanager
-def _through_ffmpeg(path, error):
+def _through_ffmpeg(path, why):
     """As `open_recording`, by ffmpeg, which sends an AU file: raw floats after a short header."""
     if shutil.which("ffmpeg") is None:
         raise UserError(
-            f"{path} cannot be read ({error.error_string.strip(' .')}); install ffmpeg for formats "
-            "that soundfile does not know"
+            f"{path} cannot be read ({why}); install ffmpeg for what soundfile does not know"
         )
     command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vn"]
     command += ["-f", "au", "-c:a", "pcm_f32be", "-"]

@@ -150,6 +150,8 @@ def evaluate(options):
     from .report import write_report
     from .summary import format_table
 
+    if options.n_mixtures < 1 or not options.segment > 0:
+        raise UserError("--n_mixtures must be at least 1, and --segment above 0 seconds")
     model, _ = open_model(options.model)
     rate = round(model.sample_rate)
     speech = SpeechDir(options.speech, rate, convert=True).of(options.speakers)

@@ -206,6 +206,9 @@ class OnnxSeparator(torch.nn.Module):
         n_threads (int, optional): Threads that it may use; all without.
         sample_rate (float, optional): That of a file without metadata.
 
+    Attributes:
+        facts (dict of str): The file's metadata.
+
     Shape:
         (time,), (batch, time) or (batch, 1, time) -> (n_src, time) or (batch, n_src, time).
 
@@ -231,6 +234,7 @@ class OnnxSeparator(torch.nn.Module):
         facts = self.session.get_modelmeta().custom_metadata_map
         if "sample_rate" not in facts and sample_rate is None:
             raise UserError(f"{path} does not say its sample rate; asteroid-tiny export writes it")
+        self.facts = facts
         self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
         self.in_channels = 1
         self.device = torch.device("cpu")
@@ -238,7 +242,7 @@ class OnnxSeparator(torch.nn.Module):
         self.n_src = self.session.get_outputs()[0].shape[1]
 
     def forward(self, mixture):
-        mixture = torch.as_tensor(mixture, dtype=torch.float32)
+        mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu")
         batch = mixture.reshape(-1, mixture.shape[-1])
         padded = torch.nn.functional.pad(batch, (0, max(0, self.shortest - batch.shape[-1])))
         rows = [self.session.run(None, {"mixture": row[None].numpy()})[0] for row in padded]

@@ -60,7 +60,7 @@ def describe(model, about):
     """A few lines for people.
 
     Args:
-        model (Sepformer or TinySepformer): The model.
+        model (Sepformer, TinySepformer or OnnxSeparator): The model.
         about (dict): What is told about it; plain data.
 
     Returns:
@@ -71,6 +71,9 @@ def describe(model, about):
         >>> print(describe(TinySepformer.from_preset("tiny-sepformer-xs"), {}).splitlines()[1])
         sources         2, at 8000 Hz
     """
+    if isinstance(model, OnnxSeparator):
+        lines = {"model": "ONNX file", **model.facts, "sources": str(model.n_src)}
+        return "\n".join(f"{name:15} {text}" for name, text in lines.items())
     args, masker = model.get_model_args(), model.masker
     rate = model.sample_rate
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -103,7 +103,7 @@ def find_recordings(names):
         list of Path: In the order of the names, those of one name sorted.
     """
     suffixes = {f".{name.lower()}" for name in (*soundfile.available_formats(), *FFMPEG_SUFFIXES)}
-    suffixes |= {".aif", ".mp3"}
+    suffixes = (suffixes | {".aif", ".mp3"}) - {".raw"}
     found = []
     for name in names:
         if Path(name).is_dir():

@@ -57,6 +57,10 @@ def test_evaluate_measures_the_speakers_that_are_asked_for(model, voices, tmp_pa
     assert (out / "results" / "report.html").exists()
     assert status("evaluate", model, voices, "-o", out, "--speakers", "b*") == 2
     assert "has no speaker 'b*'" in capsys.readouterr().err
+    for option in ("-n", "--segment"):
+        assert status("evaluate", model, voices, "-o", tmp_path / "none", option, "0") == 2
+        assert "--n_mixtures must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):
@@ -66,6 +70,10 @@ def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsy
     out = tmp_path / "separated"
     main(["separate", str(voices / "a1.wav"), "-m", str(file), "-o", str(out)])
     assert len(list(out.glob("a1_est*.wav"))) == 2
+    capsys.readouterr()
+    main(["info", str(file)])
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (told["model"], told["sources"], told["sample_rate"]) == ("ONNX file", "2", "8000")
 
 
 def test_publish_adds_an_onnx_file_that_agrees(model, voices, tmp_path):

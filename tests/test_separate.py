@@ -10,7 +10,8 @@ import soundfile as sf
 import torch
 from small import n_parameters, small
 
-from asteroid_tiny import cli
+from asteroid_tiny import UserError, cli
+from asteroid_tiny.data.kaldi import decode
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,28 @@ def test_ffmpeg_reads_what_soundfile_does_not(separate, talks, tmp_path):
     mixture = np.interp(np.arange(len(tracks[0])) / 44100, np.arange(32000) / 8000,
                         sf.read(source)[0])  # fmt: skip
     assert np.corrcoef(sum(tracks), mixture)[0, 1] > 0.9
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_flac_that_came_through_a_pipe_is_read_whole(separate, talks, tmp_path):
+    source = sorted(talks.glob("*.wav"))[0]
+    command = ["ffmpeg", "-v", "error", "-i", source, "-f", "flac", "-"]
+    piped = subprocess.run(command, check=True, capture_output=True).stdout
+    (tmp_path / "piped.flac").write_bytes(piped)
+    assert sf.info(tmp_path / "piped.flac").frames > 2**60
+    status, _, _ = separate(tmp_path / "piped.flac")
+    assert status == 0 and sf.info(tmp_path / "out" / "piped_est2.wav").frames == 32000
+    with pytest.raises(UserError, match="piped.flac does not tell its length"):
+        decode(tmp_path / "piped.flac")
+
+
+def test_a_raw_file_is_named_and_no_folder_is_searched_for_it(separate, talks):
+    raw = talks / "samples.raw"
+    raw.write_bytes(bytes(16000))
+    status, text, errors = separate(raw, talks)
+    assert status == 1 and "samples.raw cannot be read" in errors
+    assert "4 separated" in text and "1 failed" in text
+    assert separate(talks, out="again")[0] == 0
 
 
 def test_info_tells_what_a_model_is(model, capsys):

@@ -27,6 +27,7 @@ from ..files import whole_folder
 
 CACHE_BYTES = 1 << 30
 BAR = dict(desc="  opening files", delay=3, leave=False, disable=None)  # if it takes long
+NO_LENGTH = 2**62  # samples, from which on libsndfile does not know how many there are
 WIDE_SUBTYPES = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
 
 
@@ -295,13 +296,16 @@ def open_info(path):
     if not Path(path).is_file():
         raise UserError(f"{path} is missing")
     try:
-        return sf.info(path)
+        info = sf.info(path)
     except sf.LibsndfileError as error:
         raise UserError(f"{path} cannot be read as audio: {error.error_string}") from None
     except TypeError:  # of soundfile, for the suffix .raw
         raise UserError(
             f"{path} is raw, which tells neither rate nor format; convert it to WAV"
         ) from None
+    if info.frames >= NO_LENGTH:  # made by a pipe
+        raise UserError(f"{path} does not tell its length; convert it to WAV")
+    return info
 
 
 def decode(path):
