@@ -176,10 +176,13 @@ def _export_options(parser):
 @command("export", _export_options)
 def export(options):
     """Writes a model as an ONNX file, once it is seen to agree with the model."""
-    from . import from_pretrained
-    from .export import export_onnx
+    from .export import OnnxSeparator, export_onnx
+    from .inspection import open_model
 
-    done = export_onnx(from_pretrained(options.model), options.out, options.quantize)
+    model, about = open_model(options.model)
+    if isinstance(model, OnnxSeparator):
+        raise UserError(f"{options.model} is an ONNX file already; give the model that it is of")
+    done = export_onnx(model, options.out, options.quantize, about=about)
     told = ", ".join(f"{key} {value:.3g}" for key, value in done.items() if key != "bytes")
     print(f"{options.out}: {done['bytes'] / 1e6:.2f} MB, {told}")
 
@@ -205,7 +208,6 @@ def _publish_options(parser):
 @command("publish", _publish_options)
 def publish(options):
     """Writes a model with its model card for others, and uploads it if asked."""
-    from . import from_pretrained
     from . import publish as publishing
 
     folder = Path(options.source)
@@ -214,8 +216,10 @@ def publish(options):
         print(f"publish folder: {folder}")
     if options.onnx:
         from .export import export_onnx
+        from .inspection import open_model
 
-        export_onnx(from_pretrained(folder), folder / publishing.ONNX)
+        model, about = open_model(folder)
+        export_onnx(model, folder / publishing.ONNX, about=about)
     if options.zoo:
         print(f"packaged model: {publishing.add_to_zoo(folder)}")
     if options.push:

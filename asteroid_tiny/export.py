@@ -22,10 +22,11 @@ LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
 TOLERANCE = 1e-3  # of the largest sample of the estimates, for fp32
 MOST_SIZE = 0.35  # of an int8 file, relative to fp32
 LEAST_DB = 20.0  # SI-SDR of the estimates of int8 with respect to fp32
+PROVENANCE = ("name", "licence", "training", "metrics", "made_with")  # of what is told of a model
 TRACED_LENGTH = 16000  # samples of the example; any of two chunks or more does
 
 
-def export_onnx(model, path, quantize=None, speech=None):
+def export_onnx(model, path, quantize=None, speech=None, about=None):
     """Writes a model as an ONNX file, once it agrees with the model.
 
     Inputs of the file are `mixture`, (1, time), its outputs `estimates`, (1, n_src, time), for any
@@ -37,6 +38,8 @@ def export_onnx(model, path, quantize=None, speech=None):
         quantize (str, optional): ``"int8"`` for weights of 8 bits; fp32 without.
         speech (torch.Tensor, optional): Mixture of (time,) samples on which int8 is compared with
             fp32; the bundled one (`example_mixture`) without.
+        about (dict, optional): What is told of the model, of which the file takes the provenance:
+            `PROVENANCE`.
 
     Returns:
         dict: `bytes`, and what was checked: `largest_error` of fp32 or `si_sdr` (dB) and `size`
@@ -58,6 +61,8 @@ def export_onnx(model, path, quantize=None, speech=None):
         facts = {"sample_rate": f"{model.sample_rate:g}", "n_src": str(model.masker.n_src)}
         facts |= {"model": type(model).__name__, "args": json.dumps(model.get_model_args())}
         facts |= {"precision": quantize or "fp32", "made_by": "asteroid_tiny"}
+        told = {key: about[key] for key in PROVENANCE if key in about} if about else {}
+        facts["about"] = json.dumps(told, default=str)
         facts["shortest"] = str(model.encoder.filterbank.kernel_size)
         onnx.helper.set_model_props(file, facts)
         onnx.save(file, part)
@@ -208,6 +213,7 @@ class OnnxSeparator(torch.nn.Module):
 
     Attributes:
         facts (dict of str): The file's metadata.
+        about (dict): What it tells of the model's provenance.
 
     Shape:
         (time,), (batch, time) or (batch, 1, time) -> (n_src, time) or (batch, n_src, time).
@@ -234,7 +240,7 @@ class OnnxSeparator(torch.nn.Module):
         facts = self.session.get_modelmeta().custom_metadata_map
         if "sample_rate" not in facts and sample_rate is None:
             raise UserError(f"{path} does not say its sample rate; asteroid-tiny export writes it")
-        self.facts = facts
+        self.facts, self.about = facts, _told(facts.get("about", "{}"))
         self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
         self.in_channels = 1
         self.device = torch.device("cpu")
@@ -258,6 +264,17 @@ class OnnxSeparator(torch.nn.Module):
     def forward_wav(self, wav):
         """What Asteroid's `separate` calls."""
         return self(wav)
+
+
+def _told(text):
+    """A stranger's JSON of what `PROVENANCE` names; nothing if it is anything else."""
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    parts = ("training", "metrics")
+    fits = isinstance(about, dict) and all(isinstance(about.get(k, {}), dict) for k in parts)
+    return about if fits else {}
 
 
 def _import(name):

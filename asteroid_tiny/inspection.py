@@ -35,7 +35,8 @@ def open_model(name=None):
     """
     name = name or DEFAULT
     if Path(name).suffix == ".onnx":
-        return OnnxSeparator(name), {}
+        separator = OnnxSeparator(name)
+        return separator, separator.about
     path = locate(name)
     return from_pretrained(path).eval(), open_stored(path).infos
 
@@ -71,17 +72,22 @@ def describe(model, about):
         >>> print(describe(TinySepformer.from_preset("tiny-sepformer-xs"), {}).splitlines()[1])
         sources         2, at 8000 Hz
     """
-    if isinstance(model, OnnxSeparator):
-        lines = {"model": "ONNX file", **model.facts, "sources": str(model.n_src)}
-        return "\n".join(f"{name:15} {text}" for name, text in lines.items())
-    args, masker = model.get_model_args(), model.masker
     rate = model.sample_rate
+    told = {
+        "trained on": speech_of(about) or "not told",
+        "licence": about.get("licence") or "not told",
+        "metrics": _metrics(about) or "not told",
+    }
+    if isinstance(model, OnnxSeparator):
+        kind, precision = (model.facts.get(key, "not told") for key in ("model", "precision"))
+        lines = {"model": f"{kind}, an ONNX file", "precision": precision}
+        return _lines({**lines, "sources": f"{model.n_src}, at {rate:g} Hz", **told})
+    args, masker = model.get_model_args(), model.masker
     n_parameters = sum(p.numel() for p in model.parameters())
     frame = args["kernel_size"] / rate * 1000
     chunk = ((masker.chunk_size - 1) * args["stride"] + args["kernel_size"]) / rate
     with torch.device("meta"):
         macs = count_macs(type(model)(**args))
-    metrics = {k: v for k, v in about.get("metrics", {}).items() if k in SHOWN and v is not None}
     lines = {
         "model": f"{type(model).__name__}, {n_parameters:,} parameters",
         "sources": f"{masker.n_src}, at {rate:g} Hz",
@@ -91,14 +97,21 @@ def describe(model, about):
         "operations": f"{macs / 1e9:.2f} GMAC a second of audio",
         "memory": f"{peak_memory(model, MEMORY_SECONDS) / 1e6:.0f} MB of tensors for "
         f"{MEMORY_SECONDS} s of audio, {4 * n_parameters / 1e6:.0f} MB of weights",
-        "trained on": speech_of(about) or "not told",
-        "licence": about.get("licence") or "not told",
-        "metrics": ", ".join(f"{k} {v:.3g}" for k, v in metrics.items()) or "not told",
+        **told,
     }
     rest = {key: value for key, value in about.items() if key not in SAID}
     if rest:
         lines["also told"] = json.dumps(rest, default=str)
-    return "\n".join(f"{name:15} {text}" for name, text in lines.items())
+    return _lines(lines)
+
+
+def _metrics(about):
+    metrics = {k: v for k, v in about.get("metrics", {}).items() if k in SHOWN and v is not None}
+    return ", ".join(f"{k} {v:.3g}" for k, v in metrics.items())
+
+
+def _lines(texts):
+    return "\n".join(f"{name:15} {text}" for name, text in texts.items())
 
 
 def peak_memory(model, seconds):

@@ -72,8 +72,10 @@ def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsy
     assert len(list(out.glob("a1_est*.wav"))) == 2
     capsys.readouterr()
     main(["info", str(file)])
-    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert (told["model"], told["sources"], told["sample_rate"]) == ("ONNX file", "2", "8000")
+    text = capsys.readouterr().out
+    assert "TinySepformer, an ONNX file" in text and "2, at 8000 Hz" in text
+    assert status("export", file, "-o", tmp_path / "again.onnx") == 2
+    assert "is an ONNX file already" in capsys.readouterr().err
 
 
 def test_publish_adds_an_onnx_file_that_agrees(model, voices, tmp_path):

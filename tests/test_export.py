@@ -9,7 +9,7 @@ import soundfile as sf
 import torch
 from small import ratio_db, small
 
-from asteroid_tiny import example_mixture, export
+from asteroid_tiny import cli, example_mixture, export
 from asteroid_tiny.export import OnnxSeparator, export_onnx
 
 SIZES = dict(n_filters=64, bn_chan=64, ff_hid=128, n_repeats=1, n_intra_layers=2, n_inter_layers=1)
@@ -61,6 +61,19 @@ def test_a_file_says_what_it_is(exported):
     assert facts["model"] == "TinySepformer"
     assert json.loads(facts["args"]) == json.loads(json.dumps(model.get_model_args()))
     assert OnnxSeparator(path).sample_rate == 8000
+
+
+def test_a_file_tells_where_its_weights_are_from(tmp_path, capsys):
+    packaged = "tiny-sepformer-xs_2spk_8k"
+    cli.main(["export", packaged, "-o", str(tmp_path / "model.onnx")])
+    capsys.readouterr()
+    told = []
+    for name in (packaged, tmp_path / "model.onnx"):
+        cli.main(["info", str(name)])
+        told.append(capsys.readouterr().out.splitlines())
+    for title in ("trained on", "licence", "metrics"):
+        texts = {line for lines in told for line in lines if line.startswith(title)}
+        assert len(texts) == 1 and "not told" not in texts.pop()
 
 
 def test_shared_layers_are_in_the_file_once(exported):
