@@ -1,17 +1,14 @@
-"""Training: Asteroid's `System` with a permutation-invariant loss, a schedule counted in steps,
-and checkpoints from which a killed run continues as if nothing had happened.
+"""Training: Asteroid's `System` with a permutation-invariant loss, in one process or several.
 
 An "epoch" is a fixed number of steps, after each of which the model is validated and saved.
 """
 
 import logging
-import random
 import re
 import sys
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from asteroid.engine.system import System
@@ -19,19 +16,19 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
-    ModelCheckpoint,
     TQDMProgressBar,
 )
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .errors import UserError
 from .report import write_curves
-from .weights import load_weights_only, save_whole
+from .schedule import Schedule, whole_epochs
+from .weights import load_weights_only
 
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
@@ -59,56 +56,6 @@ def separation_loss(estimates, sources):
         pairwise = pairwise_neg_sisdr(estimates.float(), sources.float())
         loss, _ = PITLossWrapper.find_best_perm(pairwise)
     return loss.clamp(min=-BEST_POSSIBLE_DB).mean()
-
-
-class Schedule(torch.optim.lr_scheduler.LRScheduler):
-    """Warm-up, halving on plateau, and a final descent to zero; counted in steps.
-
-    The rate rises linearly over `warmup_steps`, is halved whenever `observe` has seen no better
-    validation loss `patience` times in a row after the first `hold_steps`, and over the last
-    `cooldown_steps` of `total_steps` falls linearly to zero.
-
-    Args:
-        optimizer (torch.optim.Optimizer): Whose rates are set.
-        total_steps (int): Steps of the whole training.
-        warmup_steps (int): Steps of the rise.
-        cooldown_steps (int): Steps of the descent; 0 for none.
-        patience (int): Validations without a better loss before the rate is halved.
-        hold_steps (int): First steps, in which it is not halved and nothing is observed.
-    """
-
-    def __init__(
-        self, optimizer, total_steps, warmup_steps=0, cooldown_steps=0, patience=2, hold_steps=0
-    ):
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.cooldown_steps = cooldown_steps
-        self.patience = patience
-        self.hold_steps = hold_steps
-        self.best = float("inf")
-        self.n_worse = 0
-        self.n_halvings = 0
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        step = self.last_epoch + 1  # the step that this rate is for, counted from one
-        factor = 0.5**self.n_halvings
-        if self.warmup_steps:
-            factor *= min(1.0, step / self.warmup_steps)
-        if self.cooldown_steps:
-            factor *= min(1.0, max(0, self.total_steps - step + 1) / self.cooldown_steps)
-        return [base * factor for base in self.base_lrs]
-
-    def observe(self, val_loss):
-        """Takes note of a validation loss (float), which counts from the next `step` on."""
-        if self.last_epoch < self.hold_steps:
-            return
-        if val_loss < self.best:
-            self.best, self.n_worse = val_loss, 0
-            return
-        self.n_worse += 1
-        if self.n_worse > self.patience:
-            self.n_halvings, self.n_worse = self.n_halvings + 1, 0
 
 
 class SeparationSystem(System):
@@ -144,28 +91,6 @@ class SeparationSystem(System):
         self.lr_schedulers().observe(float(self.trainer.callback_metrics["val_loss"]))
 
 
-class RandomStates(pl.Callback):
-    """Keeps the states of all random generators in the checkpoints."""
-
-    def state_dict(self):
-        version, state, gauss = random.getstate()
-        states = {"torch": torch.get_rng_state(), "python": [version, list(state), gauss]}
-        name, keys, position, has_gauss, cached = np.random.get_state()
-        states["numpy"] = [name, keys.tolist(), position, has_gauss, cached]
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state_all()
-        return states
-
-    def load_state_dict(self, states):
-        torch.set_rng_state(states["torch"])
-        version, state, gauss = states["python"]
-        random.setstate((version, tuple(state), gauss))
-        name, keys, *rest = states["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(states["cuda"])
-
-
 class Curves(pl.Callback):
     """Draws the curves of a run anew after each validation."""
 
@@ -177,19 +102,6 @@ class Curves(pl.Callback):
             for logger in trainer.loggers:
                 logger.save()  # what it still holds of the log
             write_curves(self.exp_dir)
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, and are read without unpickling code."""
-
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        save_whole(checkpoint, path)
-
-    def load_checkpoint(self, path, map_location="cpu", weights_only=True):
-        try:  # on the CPU first, which every machine has
-            return load_weights_only(path, map_location)
-        except UserError as error:
-            raise UserError(f"{error}; delete it to go on without it") from None
 
 
 class ProgressBar(TQDMProgressBar):
@@ -242,30 +154,6 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     weights = load_weights_only(best.best_model_path)["state_dict"]
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
-
-
-def whole_epochs(conf):
-    """The settings of a training of whole epochs into which its schedule fits.
-
-    Args:
-        conf (dict): The keys of the `training` section.
-
-    Returns:
-        dict: The same with `steps` a multiple of `steps_per_epoch`, which is at most `steps`, and
-        with `warmup_steps` and `cooldown_steps` shortened alike where together they are more than
-        `steps`, so that `lr` is reached.
-
-    Examples:
-        >>> conf = dict(steps=450, steps_per_epoch=100, warmup_steps=100, cooldown_steps=700)
-        >>> whole_epochs(conf)
-        {'steps': 400, 'steps_per_epoch': 100, 'warmup_steps': 50, 'cooldown_steps': 350}
-    """
-    per_epoch = min(conf["steps"], conf["steps_per_epoch"])
-    steps = round(conf["steps"] / per_epoch) * per_epoch
-    ramps = {key: conf[key] for key in ("warmup_steps", "cooldown_steps")}
-    share = min(1.0, steps / max(1, sum(ramps.values())))
-    ramps = {key: int(share * n) for key, n in ramps.items()}
-    return {**conf, "steps": steps, "steps_per_epoch": per_epoch, **ramps}
 
 
 def build_system(model, train_speech, valid_set, conf):
@@ -373,30 +261,6 @@ def strategy(conf):
         return "auto"
     # buffers are constants, and processes may have unequal numbers of validation batches
     return DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)
-
-
-class Checkpoints(ModelCheckpoint):
-    """Lightning's, which knows its files again in a folder that was moved."""
-
-    def load_state_dict(self, state):
-        def here(path):
-            return str(Path(self.dirpath) / Path(path).name) if path else path
-
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        state = {**state, "dirpath": self.dirpath, **{key: here(state[key]) for key in paths}}
-        state["best_k_models"] = {here(path): v for path, v in state["best_k_models"].items()}
-        super().load_state_dict(state)
-
-
-def checkpoints(exp_dir, name, monitor=None):
-    """Keeps checkpoints/NAME.ckpt: of the last epoch, or of that with the least of a metric."""
-    return Checkpoints(
-        exp_dir / "checkpoints",
-        filename=name,
-        monitor=monitor,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
 
 
 def training_loader(speech, conf):

@@ -17,7 +17,7 @@ from asteroid_tiny.data import (
 )
 from asteroid_tiny.data.kaldi import write_dir
 from asteroid_tiny.data.mixing import SILENT, Mixture, Source
-from asteroid_tiny.training import Schedule
+from asteroid_tiny.schedule import Schedule
 
 
 @pytest.fixture

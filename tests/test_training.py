@@ -14,7 +14,8 @@ from asteroid_tiny import TinySepformer, UserError, training
 from asteroid_tiny.config import read_conf
 from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
 from asteroid_tiny.report import write_curves
-from asteroid_tiny.training import Schedule, separation_loss, train
+from asteroid_tiny.schedule import Schedule
+from asteroid_tiny.training import separation_loss, train
 
 SIZES = dict(n_filters=16, kernel_size=32, stride=16, bn_chan=16, ff_hid=16, n_heads=2)
 DEPTH = dict(chunk_size=20, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
