@@ -20,6 +20,7 @@ from asteroid_tiny.longform import (
     separate_long,
     separate_stream,
 )
+from asteroid_tiny.upper_band import share_rest
 
 
 class Shares(torch.nn.Module):
@@ -222,6 +223,18 @@ def test_what_lies_above_the_model_goes_to_who_makes_it(tmp_path, valid_speech):
     half = [track + (sources.sum(0) - sum(below)) / 2 for track in below]
     error, before, equally = (np.var(np.array(e) - sources) for e in (given, below, half))
     assert error < before / 3 and error < equally / 2
+
+
+@pytest.mark.parametrize("size, other", [(1, 7), (500, 333), (3000, 10000)])
+def test_a_share_does_not_depend_on_the_pieces(talk, size, other):
+    mixture = talk[: 2 * RATE].astype(np.float64)
+    tracks = np.stack([0.3 * mixture, 0.5 * np.roll(mixture, 900)], axis=1)
+    whole = np.concatenate(list(share_rest([tracks], [mixture], RATE)))
+    pieces = np.split(tracks, range(size, len(tracks), size))
+    mixtures = np.split(mixture, range(other, len(mixture), other))
+    parts = np.concatenate(list(share_rest(pieces, mixtures, RATE)))
+    np.testing.assert_allclose(parts, whole, atol=1e-9)
+    np.testing.assert_allclose(parts.sum(1), mixture, atol=1e-9)
 
 
 def test_loud_recordings_do_not_clip_and_peak_sets_the_level(tmp_path, talk):
