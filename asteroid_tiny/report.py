@@ -17,7 +17,7 @@ import soundfile
 from .errors import UserError
 from .files import whole_file
 from .plots import Axes, loudest, side_by_side, spectrogram
-from .summary import format_table
+from .summary import format_table, units_of
 
 STYLE = """
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 1rem/1.45 system-ui, sans-serif;
@@ -107,10 +107,8 @@ def _table(summary):
             cells.append(cell)
         cells += [group["n_mixtures"], group["n_speaker_pairs"]]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return (
-        f'<div class="scroll"><table><tr><th></th>{head}<th>mixtures</th><th>pairs</th></tr>'
-        f"{''.join(rows)}</table></div>"
-    )
+    head += f"<th>mixtures</th><th>{units_of(summary)}</th>"
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _notes(summary):

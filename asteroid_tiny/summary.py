@@ -14,6 +14,7 @@ import pandas as pd
 METRICS = ("input_si_sdr", "si_sdr", "si_sdr_i", "input_sdr", "sdr", "sdr_i")
 METRICS += ("input_sir", "sir", "sir_i", "sar", "input_stoi", "stoi", "stoi_i")
 DRAWS, MIN_PAIRS = 2000, 3  # of the bootstrap
+UNITS = {2: "pair", 3: "triple"}  # what so many speakers are called, else a group
 
 
 def summarise(table, sample_rate, seed=0):
@@ -42,7 +43,8 @@ def summarise(table, sample_rate, seed=0):
     }
     groups = {name: _summarise(table[mask], seed) for name, mask in masks.items() if mask.any()}
     counts = {name: groups["all"][name] for name in ("n_mixtures", "n_speakers", "n_speaker_pairs")}
-    bootstrap = {"unit": "speaker pair", "level": 0.95, "draws": DRAWS, "seed": seed}
+    unit = UNITS.get(len(table.speakers.iloc[0].split()), "group")
+    bootstrap = {"unit": f"speaker {unit}", "level": 0.95, "draws": DRAWS, "seed": seed}
     return {**counts, "sample_rate": sample_rate, "bootstrap": bootstrap, "groups": groups}
 
 
@@ -105,11 +107,11 @@ def format_table(summary):
     Returns:
         str: One line a group; under it how the intervals were made, and what is missing.
     """
-    rows = []
+    rows, units = [], units_of(summary)
     for group in summary["groups"].values():
         low, high = (_cell(group, "si_sdr_i", 2, bound) for bound in ("low", "high"))
-        interval = "[too few pairs]" if low == "-" else f"[{low}, {high}]"
-        row = {"n": group["n_mixtures"], "pairs": group["n_speaker_pairs"]}
+        interval = f"[too few {units}]" if low == "-" else f"[{low}, {high}]"
+        row = {"n": group["n_mixtures"], units: group["n_speaker_pairs"]}
         row["SI-SDR in"] = _cell(group, "input_si_sdr", 2)
         row["SI-SDRi [95 % interval]"] = f"{_cell(group, 'si_sdr_i', 2)} {interval}"
         row |= {m.upper().replace("_I", "i"): _cell(group, m, 1) for m in ("sdr_i", "sir", "sar")}
@@ -117,8 +119,8 @@ def format_table(summary):
         rows.append(row)
     notes = (
         "All in dB but STOI. Intervals: percentile bootstrap over the "
-        f"{summary['n_speaker_pairs']} speaker pairs (made of {summary['n_speakers']} speakers), "
-        f"drawn {summary['bootstrap']['draws']} times; pairs share speakers, so new speakers may "
+        f"{summary['n_speaker_pairs']} speaker {units} (made of {summary['n_speakers']} speakers), "
+        f"drawn {summary['bootstrap']['draws']} times; {units} share speakers, so new speakers may "
         "differ by more."
     )
     missing = {m: summary["groups"]["all"][m]["n_missing"] for m in ("si_sdr_i", "sdr_i", "stoi_i")}
@@ -127,6 +129,11 @@ def format_table(summary):
         notes += f" Mixtures that no mean counts, since it cannot be computed: {told}."
     table = pd.DataFrame(rows, index=list(summary["groups"])).to_string()
     return "\n".join([table, *textwrap.wrap(notes, 99)])
+
+
+def units_of(summary):
+    """What the bootstrap draws: "pairs", "triples" or "groups" (str)."""
+    return f"{summary['bootstrap']['unit'].split()[-1]}s"
 
 
 def _cell(group, metric, digits, what="mean"):

@@ -340,6 +340,14 @@ def test_no_interval_over_one_or_two_pairs():
         assert "[too few pairs]" in format_table(summary)
 
 
+def test_three_speakers_are_counted_as_triples():
+    table = made_up(4)
+    table.speakers += " third"
+    text = " ".join(format_table(summarise(table, 8000)).split())
+    assert "n triples" in text and "6 speaker triples (made of 5 speakers)" in text
+    assert "pairs" not in text
+
+
 @pytest.mark.parametrize("scale", [1.0, 40.0, -40.0])
 def test_the_table_fits_a_screen(scale):
     table = made_up(40, n_per_pair=2, scale=scale)
