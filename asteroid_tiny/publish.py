@@ -225,7 +225,9 @@ def model_card(config, about):
 
 
 def _wrap(part):
-    return part if part.startswith(("---", "    ", "```", "#")) else textwrap.fill(part, 99)
+    if part.startswith(("---", "    ", "```", "#")):
+        return part
+    return textwrap.fill(part, 99, break_on_hyphens=False, break_long_words=False)
 
 
 def _metadata(config):
