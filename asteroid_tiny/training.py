@@ -30,6 +30,7 @@ from .report import write_curves
 from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
 
+DRAWN = "max_gap overlap_ratio least_overlap level_spread colour".split()  # of `DynamicMixtures`
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
 
@@ -283,7 +284,7 @@ def training_loader(speech, conf):
         mixtures = DynamicMixtures(
             speech,
             conf["n_src"],
-            **{key: conf[key] for key in ("max_gap", "overlap_ratio", "level_spread", "colour")},
+            **{key: conf[key] for key in DRAWN},
             **common,
         )
     return DataLoader(

@@ -107,6 +107,23 @@ def test_levels_of_training_mixtures_are_spread(valid_speech):
     assert LEVEL_DB + 4 < levels.max() < LEVEL_DB + 6.01
 
 
+def test_training_mixtures_overlap_by_ratios_of_a_range(valid_speech):
+    args = dict(n_src=2, length=16000, seed=0, size=40)
+    mixtures = DynamicMixtures(valid_speech, overlap_ratio=0.9, least_overlap=0.3, **args)
+    shares = [both_speak(mixtures[i][1]) for i in range(40)]
+    assert 0.25 < min(shares) < 0.45 and 0.75 < max(shares) < 0.91
+    plain, again = (DynamicMixtures(valid_speech, least_overlap=x, **args) for x in (0.3, 1.0))
+    assert both_speak(again[0][1]) > 0.97
+    assert torch.equal(again[0][0], DynamicMixtures(valid_speech, **args)[0][0])
+    assert not torch.equal(again[0][0], plain[0][0])
+
+
+def both_speak(sources):
+    """Share of a mixture from the last source's first sample to the first source's last."""
+    first, last = (torch.nonzero(source).flatten() for source in sources)
+    return float(first[-1] - last[0] + 1) / sources.shape[1]
+
+
 def break_in_the_middle(path):
     """Makes a file break where its header does not tell."""
     content = bytearray(path.read_bytes())

@@ -98,6 +98,25 @@ def an_optimizer():
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(max_gap=0.0),
+        dict(overlap_ratio=0.5),
+        dict(least_overlap=0.2),
+        dict(level_spread=0.0),
+        dict(colour=0.0),
+        dict(speed_perturb=0),
+        dict(segment=1.0),
+    ],
+)
+def test_settings_of_the_mixtures_reach_them(speech, other):
+    mixture, changed = (
+        training.training_loader(speech, x).dataset[0][0] for x in (CONF, CONF | other)
+    )
+    assert mixture.shape != changed.shape or not torch.equal(mixture, changed)
+
+
 def test_the_schedule_rises_halves_on_plateau_and_falls():
     schedule = Schedule(an_optimizer(), 20, warmup_steps=4, cooldown_steps=4, patience=1)
     found = rates(schedule, 20, val_losses=[-1, -2, -1, -1.5, -3, -2, -1, -1, -1, -1])

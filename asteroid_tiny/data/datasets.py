@@ -112,6 +112,8 @@ class DynamicMixtures(EndlessMixtures):
         length (int): Length in samples.
         seed, size (int): See `EndlessMixtures`.
         max_gap, overlap_ratio (float): See `draw_mixture`.
+        least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
+            if it is less.
         speeds (sequence of int): Playback speeds in percent.
         level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
         colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
@@ -126,6 +128,7 @@ class DynamicMixtures(EndlessMixtures):
         max_gap=5.0,
         speeds=(100,),
         overlap_ratio=1.0,
+        least_overlap=1.0,
         level_spread=0.0,
         colour=0.0,
         size=1,
@@ -135,18 +138,24 @@ class DynamicMixtures(EndlessMixtures):
         self.speech = speech
         self.n_src = n_src
         self.length = length
-        self.draw = dict(max_gap=max_gap, speeds=speeds, overlap_ratio=overlap_ratio)
+        self.draw = dict(max_gap=max_gap, speeds=speeds)
+        self.overlap_ratio = overlap_ratio
+        self.least_overlap = least_overlap
         self.level_spread = level_spread
         self.colour = colour
 
     def _item(self, rng, index, attempt):
         speakers = rng.choice(list(self.speech.by_speaker), self.n_src, replace=False)
         level = LEVEL_DB + self.level_spread * rng.uniform(-1, 1)
+        overlap_ratio = self.overlap_ratio
+        if self.least_overlap < overlap_ratio:
+            overlap_ratio = rng.uniform(self.least_overlap, overlap_ratio)
         mixture = draw_mixture(
             self.speech,
             rng,
             speakers,
             self.length,
+            overlap_ratio=overlap_ratio,
             level=level,
             mixture_id=str(index),
             **self.draw,
