@@ -2,13 +2,14 @@
 
 from .errors import UserError
 from .hub import example_mixture, list_models
-from .models import PRESETS, Sepformer, TinySepformer, from_pretrained
+from .models import PRESETS, Sepformer, TinySepformer, average, from_pretrained
 
 __all__ = [
     "PRESETS",
     "Sepformer",
     "TinySepformer",
     "UserError",
+    "average",
     "example_mixture",
     "from_pretrained",
     "list_models",

@@ -165,6 +165,23 @@ def evaluate(options):
     print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
 
 
+def _average_options(parser):
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="trainings that went on from the same weights")
+    add("-o", "--out", type=Path, required=True, metavar="FILE.pth", help="file to write")
+
+
+@command("average", _average_options)
+def average(options):
+    """Writes the model whose weights are the means of those of others."""
+    from .models import average, from_pretrained
+
+    if options.out.exists():
+        raise UserError(f"{options.out} is there already; give another name")
+    average([from_pretrained(name) for name in options.models]).save(options.out)
+    print(options.out)
+
+
 def _export_options(parser):
     add = parser.add_argument
     add("model", metavar="MODEL", help="name, file, address or hub id of a model")

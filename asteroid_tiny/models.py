@@ -361,7 +361,7 @@ PRESETS = {
             fb_init="sinusoids",
             bn_chan=128,
             path_norm=False,
-            chunk_size=64,
+            chunk_size=128,  # half a second: few chunks to attend across in long recordings
             n_repeats=2,
             n_intra_layers=4,
             n_inter_layers=4,
@@ -376,6 +376,37 @@ for _model in (Sepformer, TinySepformer):
     if getattr(_known, "__module__", None) == __name__:  # this module is being reloaded
         delattr(asteroid.models, _model.__name__)
     asteroid.models.register_model(_model)
+
+
+def average(models):
+    """The model whose weights are the means of those of others.
+
+    Trainings that went on from the same weights with different mixtures may be averaged so, and
+    the outcome has much of the strength of each (M. Wortsman et al., "Model soups", ICML 2022).
+
+    Args:
+        models (iterable of Sepformer or TinySepformer): At least one, all of the same arguments.
+
+    Returns:
+        Sepformer or TinySepformer: A new model, in eval mode.
+
+    Raises:
+        UserError: If the models are not of one class, or have other arguments.
+
+    Examples:
+        >>> model = TinySepformer.from_preset("tiny-sepformer-xs")
+        >>> mean = average([model, model])
+        >>> torch.equal(mean.encoder.filterbank.filters(), model.encoder.filterbank.filters())
+        True
+    """
+    first, *others = models
+    args = first.get_model_args()
+    if any(type(m) is not type(first) or m.get_model_args() != args for m in others):
+        raise UserError("models of different classes or arguments cannot be averaged")
+    mean = type(first)(**args).eval()
+    states = [m.state_dict() for m in (first, *others)]
+    mean.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
+    return mean
 
 
 def from_pretrained(name_or_path, **overrides):

@@ -1,4 +1,4 @@
-"""The subcommands check, evaluate and export, as a user calls them."""
+"""The subcommands average, check, evaluate and export, as a user calls them."""
 
 import json
 
@@ -28,6 +28,22 @@ def status(*argv):
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in argv])
     return caught.value.code
+
+
+def test_average_writes_the_mean_of_models_of_one_kind(model, tmp_path, capsys):
+    other, out = small(n_repeats=1), tmp_path / "mean.pth"
+    other.save(tmp_path / "other.pth")
+    main(["average", str(model), str(tmp_path / "other.pth"), "-o", str(out)])
+    first, mean = from_pretrained(model).state_dict(), from_pretrained(out).state_dict()
+    second = other.state_dict()
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    for key in first:
+        torch.testing.assert_close(mean[key], (first[key] + second[key]) / 2)
+    assert status("average", model, "-o", out) == 2 and "there already" in capsys.readouterr().err
+    small(n_repeats=2).save(tmp_path / "deeper.pth")
+    assert status("average", model, tmp_path / "deeper.pth", "-o", tmp_path / "new.pth") == 2
+    assert "cannot be averaged" in capsys.readouterr().err
+    assert not (tmp_path / "new.pth").exists()
 
 
 def test_check_names_what_is_wrong_and_exits_1(voices, capsys):
