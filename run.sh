@@ -22,11 +22,11 @@ stage=0 stop_stage= recipe=minispeech tag= id= python_path=
 settings=()
 
 list_settings() {  # every key of conf.yml; the recipe's file comes last and wins
-  awk '/^  [a-z_]+:/ {
+  awk '/^  [a-z_]+:/ {  # its comments say why a value differs, not what the option is
     key = $1; sub(/:$/, "", key)
     value = $0; sub(/^ *[a-z_]+: */, "", value); sub(/ *#.*/, "", value)
     if (!(key in default_)) order[n++] = key
-    if (index($0, "#")) told[key] = substr($0, index($0, "#") + 2)
+    if (index($0, "#") && !(key in told)) told[key] = substr($0, index($0, "#") + 2)
     default_[key] = value
   }
   END { for (i = 0; i < n; i++)
@@ -67,9 +67,14 @@ for ((i = 0; i < ${#settings[@]}; i += 2)); do
 done
 case $tag in */* | .*) fail "--tag '$tag' must be a plain name" ;; esac
 [ -n "$stop_stage" ] || stop_stage=$((stage > 3 ? stage : 3))
+[ "$stage" -le "$stop_stage" ] || fail "--stop_stage $stop_stage comes before --stage $stage"
 [ "$stage" -ne 5 ] || tag=${tag:-benchmark}  # which is no run of a model
 [ -z "$id" ] || export CUDA_VISIBLE_DEVICES=$id
 
+case $python_path in
+  /* | '') ;;
+  */*) python_path=$PWD/$python_path ;;
+esac
 setup_python "$python_path" ""
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONWARNINGS=ignore
 exp=$("$python" "$root/local/configure.py" "$recipe" "$tag" ${settings[@]+"${settings[@]}"})

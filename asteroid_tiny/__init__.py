@@ -1,11 +1,13 @@
 """Compact speech separation for Asteroid: Tiny-Sepformer, its baseline and the road around them."""
 
 from .errors import UserError
+from .export import OnnxSeparator
 from .hub import example_mixture, list_models
 from .models import PRESETS, Sepformer, TinySepformer, average, from_pretrained
 
 __all__ = [
     "PRESETS",
+    "OnnxSeparator",
     "Sepformer",
     "TinySepformer",
     "UserError",

@@ -78,15 +78,21 @@ def open_recording(path):
             yield recording
         return
     with file:
-        blocks = file.blocks(file.samplerate, dtype="float32", always_2d=True)
-        yield Recording(file.samplerate, file.channels, file.frames, _told(blocks, path))
+        yield Recording(file.samplerate, file.channels, file.frames, _blocks(file, path))
 
 
-def _told(blocks, path):
+def _blocks(file, path):
+    n_read = 0
     try:
-        yield from blocks
+        while len(block := file.read(file.samplerate, dtype="float32", always_2d=True)):
+            n_read += len(block)
+            yield block
     except soundfile.LibsndfileError as error:
         raise UserError(f"{path} is damaged: {error.error_string}") from None
+    if n_read < file.frames and file.format != "MP3":  # of which the length may be an estimate
+        raise UserError(
+            f"{path} is damaged: only {n_read} of its {file.frames} samples can be decoded"
+        )
 
 
 @contextlib.contextmanager

@@ -150,8 +150,10 @@ def evaluate(options):
     from .report import write_report
     from .summary import format_table
 
-    if options.n_mixtures < 1 or not options.segment > 0:
-        raise UserError("--n_mixtures must be at least 1, and --segment above 0 seconds")
+    if options.n_mixtures < 1 or options.seed < 0 or not 0.01 <= options.segment < 3600:
+        raise UserError(
+            "--n_mixtures must be at least 1, --seed at least 0, --segment 0.01 to 3600 seconds"
+        )
     model, _ = open_model(options.model)
     rate = round(model.sample_rate)
     speech = SpeechDir(options.speech, rate, convert=True).of(options.speakers)
@@ -212,7 +214,10 @@ def _publish_options(parser):
     parser.add_argument("--data_licence", help="licence of the training data")
     parser.add_argument("--data_url", help="where the training data is described")
     parser.add_argument("--data_author", help="who made the training data")
-    parser.add_argument("--licence", help="licence of the weights (cc-by-sa-3.0)")
+    parser.add_argument(
+        "--licence",
+        help="licence of the weights (that of SOURCE if it tells one, else cc-by-sa-3.0)",
+    )
     parser.add_argument("--summary", type=Path, help="metrics: results/summary.json of a stage 3")
     parser.add_argument("--command", dest="made_by", help="the command that made the metrics")
     parser.add_argument("--half", action="store_true", help="store weights in 16 bits, if they can")
@@ -254,17 +259,24 @@ def _publish_run(options):
 
 
 def _publish_any(options):
+    from .hub import locate
     from .models import Sepformer, from_pretrained
     from .publish import publish, read_summary
     from .speechbrain import is_speechbrain
+    from .weights import open_stored
 
     for key in ("out", "name", "summary"):
         if getattr(options, key) is None:
             raise UserError(f"a model that is no run of a recipe is published with --{key}")
-    load = Sepformer.from_speechbrain if is_speechbrain(options.source) else from_pretrained
+    if foreign := is_speechbrain(options.source):
+        told = {}
+    else:
+        told = open_stored(locate(options.source)).infos
+    load = Sepformer.from_speechbrain if foreign else from_pretrained
     keys = ("name", "data_name", "data_licence", "data_url", "data_author")
     about = {key: getattr(options, key) for key in keys}
-    about |= {"licence": options.licence or "cc-by-sa-3.0", "command": options.made_by}
+    about["licence"] = options.licence or told.get("licence") or "cc-by-sa-3.0"
+    about["command"] = options.made_by
     about["summary"] = read_summary(options.summary)
     return publish(load(options.source), options.out, about, options.half)
 

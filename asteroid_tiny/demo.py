@@ -224,7 +224,7 @@ def _gradio():
         import gradio
     except ImportError:
         raise UserError(
-            "gradio is not installed; run: python -m pip install '.[demo]' in the repository of "
+            "gradio is not installed; run: python -m pip install -e '.[demo]' in the repository of "
             "asteroid-tiny"
         ) from None
     return gradio

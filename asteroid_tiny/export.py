@@ -284,6 +284,6 @@ def _import(name):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(
-            "export needs onnx, onnxscript and onnxruntime: pip install '.[export]' in the "
+            "export needs onnx, onnxscript and onnxruntime: pip install -e '.[export]' in the "
             "repository of asteroid-tiny"
         ) from None

@@ -21,6 +21,7 @@ from .weights import CONFIG, WEIGHTS, read_config
 
 ZOO = Path(__file__).parent / "zoo"
 PICKLED = "pytorch_model.bin"  # the one file that plain Asteroid takes from the hub
+MODEL_SUFFIXES = (".pth", ".bin", ".ckpt", ".safetensors", ".onnx")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,6 +71,8 @@ def locate(name):
         return packaged[name]
     if name.startswith(("http://", "https://")):
         return _from_url(name)
+    if path.suffix in MODEL_SUFFIXES or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is missing")
     repo, _, revision = name.partition("@")
     if HUB_ID.fullmatch(repo):
         return _from_hub(repo, revision or None)

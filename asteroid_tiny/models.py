@@ -103,6 +103,19 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         # max(short, 0) without a branch, so that a traced model serves other lengths
         return super().forward_encoder(F.pad(wav, (0, (short + abs(short)) // 2)))
 
+    def forward_wav(self, wav, *args, **kwargs):
+        """As `forward`; Asteroid's `separate` calls it.
+
+        Raises:
+            UserError: If the mixture holds samples that are NaN or infinite.
+        """
+        if not wav.isfinite().all():
+            raise UserError("the mixture holds samples that are NaN or infinite")
+        estimates = self(wav, *args, **kwargs)
+        if not estimates.any():  # of silence: `separate` divides by their sum
+            estimates = estimates + torch.finfo(estimates.dtype).tiny
+        return estimates
+
     def get_model_args(self):
         """Arguments that build the same model again (dict)."""
         return dict(self._model_args)
@@ -143,7 +156,7 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **overrides):
-        """A model with stored weights, wherever they are; nothing in them is run.
+        """A model with stored weights, wherever they are, in eval mode; nothing in them is run.
 
         Args:
             name_or_path (str, Path or dict): What `serialize` returned, or one of these, tried in
@@ -166,7 +179,7 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         else:
             stored = open_stored(locate(name_or_path))
         classes = {c.__name__: c for c in (cls, *cls.__subclasses__()) if c is not _DualPathModel}
-        return build(stored, classes, **overrides)
+        return build(stored, classes, **overrides).eval()
 
 
 class Sepformer(_DualPathModel):

@@ -139,6 +139,19 @@ def copy_weights(model, name_or_path):
         ) from None
 
 
+def trained_model(exp_dir, settings):
+    """The model that stage 2 left, in eval mode.
+
+    Raises:
+        UserError: If there is none yet.
+    """
+    path = exp_dir / "best_model.pth"
+    if not path.exists():
+        raise UserError(f"{path} is missing; run stage 2 (to its end) first")
+    model_class, _ = PRESETS[settings["preset"]]
+    return model_class.from_pretrained(path)
+
+
 def evaluate_model(exp_dir, settings):
     """Stage 3: evaluates the model on the test list, writes results and prints the table."""
     from .evaluation import evaluate
@@ -151,8 +164,7 @@ def evaluate_model(exp_dir, settings):
         print("  done before")
         summary = json.loads((results / "summary.json").read_text())
     else:
-        model_class, _ = PRESETS[settings["preset"]]
-        model = model_class.from_pretrained(str(exp_dir / "best_model.pth"))
+        model = trained_model(exp_dir, settings)
         summary = evaluate(
             model,
             open_list(exp_dir, settings, "test"),
@@ -223,8 +235,7 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
                 f"licence it cannot bear; give --{key}"
             )
     summary = read_summary(exp_dir / "results" / "summary.json")
-    model_class, _ = PRESETS[settings["preset"]]
-    model = model_class.from_pretrained(exp_dir / "best_model.pth")
+    model = trained_model(exp_dir, settings)
     try:
         training = json.loads((exp_dir / "training.json").read_text())
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
 """Separates many recordings: finds them, skips what is done, and says what became of each."""
 
 import glob
+import math
 import sys
 import time
 from pathlib import Path
@@ -49,10 +50,10 @@ def separate_all(
         UserError: If there is no such model or device, or an option makes no sense.
     """
     device = find_device(device)
-    if not block > 0 or (batch is not None and batch < 1):
+    if not 0 < block < math.inf or (batch is not None and batch < 1):
         raise UserError("--block must be above 0 seconds, and --batch at least 1")
-    if peak is not None and peak > 0:
-        raise UserError(f"--peak {peak:g} dB is above full scale; give 0 or less")
+    if peak is not None and not -math.inf < peak <= 0:
+        raise UserError(f"--peak must be 0 dB, which is full scale, or less, not {peak:g}")
     network, about = open_model(model)
     network.to(device)
     print(made_for(model or DEFAULT, network, about))
@@ -65,6 +66,8 @@ def separate_all(
     }
     began, seconds, n_before, failed, written = time.monotonic(), 0.0, 0, [], {}
     recordings = find_recordings(files)
+    if not recordings:
+        raise UserError(f"there are no recordings in {', '.join(files)}")
     for path in recordings:
         targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
         try:
@@ -73,12 +76,13 @@ def separate_all(
                     f"{path} and {written[targets[0]]} would both be written to {targets[0]}; "
                     "separate one of them into another folder (-o)"
                 )
-            written[targets[0]] = path
             if is_done(targets, path, force):
                 n_before += 1
-                print(f"  {path}: done before")
+                written[targets[0]] = path
+                print(f"  {path}: done before, {targets[0]} is there (--force writes anew)")
                 continue
             done = _separate_one(network, path, targets, options)
+            written[targets[0]] = path
         except UserError as error:
             failed.append(path)
             print(f"error: {error}", file=sys.stderr)
@@ -126,6 +130,9 @@ def is_done(targets, path, force=False):
         raise UserError(f"{path} would be written over by its own output; give another folder (-o)")
     if force or not there:
         return False
+    more = targets[-1].with_name(f"{path.stem}_est{len(targets) + 1}{targets[-1].suffix}")
+    if more.exists():
+        raise UserError(f"{more} is of a model of more speakers; give another folder (-o)")
     if len(there) < len(targets):
         raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
     return True

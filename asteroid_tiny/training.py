@@ -284,7 +284,7 @@ def training_loader(speech, conf):
         mixtures = DynamicMixtures(
             speech,
             conf["n_src"],
-            **{key: conf[key] for key in DRAWN},
+            **{key: conf[key] for key in DRAWN if key in conf},
             **common,
         )
     return DataLoader(

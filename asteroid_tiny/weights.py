@@ -196,6 +196,8 @@ def open_stored(path):
     path = Path(path)
     if path.is_dir():
         path = path / WEIGHTS
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is an ONNX file, which asteroid_tiny.OnnxSeparator opens")
     if path.suffix != ".safetensors":
         return from_dict(load_weights_only(path, mmap=True), str(path))
     config = read_config(path.with_name(CONFIG))

@@ -73,6 +73,9 @@ def test_evaluate_measures_the_speakers_that_are_asked_for(model, voices, tmp_pa
     assert (out / "results" / "report.html").exists()
     assert status("evaluate", model, voices, "-o", out, "--speakers", "b*") == 2
     assert "has no speaker 'b*'" in capsys.readouterr().err
+    assert status("evaluate", model, voices, "-o", out, "--seed", -1) == 2
+    assert status("evaluate", model, voices, "-o", out, "--segment", "inf") == 2
+    assert "--segment 0.01 to 3600" in capsys.readouterr().err
     for option in ("-n", "--segment"):
         assert status("evaluate", model, voices, "-o", tmp_path / "none", option, "0") == 2
         assert "--n_mixtures must be at least 1" in capsys.readouterr().err

@@ -255,6 +255,15 @@ def test_a_full_disk_while_downloading_is_said_and_nothing_half_is_used(
     assert alike(from_pretrained("me/model"), model)
 
 
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, refused):
+    for name in ("runs/model.pth", "./model", tmp_path / "model"):
+        with refused(f"{name} is missing"):
+            from_pretrained(name)
+    (tmp_path / "model.onnx").write_bytes(b"a graph")
+    with refused("which asteroid_tiny.OnnxSeparator opens"):
+        from_pretrained(tmp_path / "model.onnx")
+
+
 def test_names_that_are_none_are_not_uploaded(published, refused, tmp_path):
     with refused("must be user/repo"):
         push(published[1], "model")

@@ -233,6 +233,22 @@ def test_separate_takes_tensors_arrays_and_files(tmp_path):
         model.separate(str(path))
 
 
+def test_silence_is_separated_into_silence_and_nan_refused(tmp_path, refused):
+    model = small()
+    assert not model.separate(torch.zeros(1, 8000)).any()
+    sf.write(tmp_path / "silence.wav", np.zeros(8000), 8000)
+    model.separate(str(tmp_path / "silence.wav"))
+    assert not sf.read(tmp_path / "silence_est1.wav")[0].any()
+    with refused("NaN"):
+        model.separate(np.full((1, 8000), np.nan, np.float32))
+
+
+def test_loaded_models_do_not_drop_out():
+    model = TinySepformer.from_pretrained(small(dropout=0.5).serialize())
+    mixture = torch.randn(1, 4000)
+    assert torch.equal(model.separate(mixture), model.separate(mixture))
+
+
 def test_separate_resamples_files_of_another_rate(tmp_path):
     model = small(sample_rate=8000)
     path = tmp_path / "talk.wav"

@@ -49,6 +49,11 @@ def tag():
     shutil.rmtree(EXP / name, ignore_errors=True)
 
 
+def test_stages_in_the_wrong_order_are_refused():
+    done = run("--stage", "3", "--stop_stage", "2")
+    assert done.returncode != 0 and "--stop_stage 2 comes before --stage 3" in done.stderr
+
+
 def test_help_lists_every_setting_with_the_default_of_the_recipe():
     text = run("--help").stdout
     for section in yaml.safe_load((ROOT / "local" / "conf.yml").read_text()).values():

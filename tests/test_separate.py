@@ -85,6 +85,49 @@ def test_one_bad_file_is_named_and_the_others_are_done(separate, talks, tmp_path
     assert len(list((tmp_path / "out").iterdir())) == 8
 
 
+def test_a_recording_damaged_inside_is_refused_and_its_namesake_is_done(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    path = tmp_path / "hole.ogg"
+    sf.write(path, np.tile(voice, 6), 8000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(content)
+    sf.write(tmp_path / "hole.wav", voice, 8000)
+    status, text, errors = separate(path, tmp_path / "hole.wav")
+    assert status == 1 and "hole.ogg is damaged: only" in errors and "1 separated" in text
+    written, _ = sf.read(tmp_path / "out" / "hole_est1.wav")
+    assert len(written) == len(voice)
+
+
+def test_samples_that_are_no_number_are_refused_by_name(separate, tmp_path):
+    sf.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
+    status, _, errors = separate(tmp_path / "nan.wav")
+    assert status == 1 and "nan.wav holds samples that are NaN" in errors
+
+
+def test_estimates_of_more_speakers_are_not_taken_for_those_of_fewer(separate, talks, tmp_path):
+    first = sorted(talks.glob("*.wav"))[0]
+    assert separate(first)[0] == 0
+    (tmp_path / "out" / f"{first.stem}_est3.wav").write_bytes(b"of a third speaker")
+    status, _, errors = separate(first)
+    assert status == 1 and "a model of more speakers" in errors
+
+
+@pytest.mark.parametrize(
+    "options", [["--peak", "nan"], ["--peak", "1"], ["--block", "inf"], ["--block", "nan"]]
+)
+def test_levels_and_lengths_that_are_none_are_refused(separate, talks, tmp_path, options):
+    status, _, errors = separate(talks, *options)
+    assert status == 2 and options[0] in errors and not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_recordings_is_named(separate, tmp_path):
+    (tmp_path / "none" / "below").mkdir(parents=True)
+    status, _, errors = separate(tmp_path / "none")
+    assert status == 2 and "no recordings in" in errors
+
+
 def test_nothing_is_written_over_unasked(separate, talks, tmp_path):
     (tmp_path / "out").mkdir()
     first = sorted(talks.glob("*.wav"))[0]
@@ -121,7 +164,7 @@ def test_globs_formats_rates_and_channels(separate, tmp_path, talks):
     "options, words",
     [
         (["--block", "0"], "--block must be above 0"),
-        (["--peak", "3"], "above full scale"),
+        (["--peak", "3"], "--peak must be 0 dB"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["-m", "none.pth"], "none.pth"),
     ],
