@@ -103,6 +103,8 @@ def _check(about, model):
     for key, what in NEEDED.items():
         if not about.get(key):
             raise UserError(f"nothing is published without the {what}; give --{key}")
+    if not re.fullmatch(r"\w[\w.-]*", about["name"]):
+        raise UserError(f"a model is named by letters, digits and _ . -, not {about['name']!r}")
     summary = about["summary"]
     try:
         values = [summary["groups"]["all"][name]["mean"] for name in METRICS]

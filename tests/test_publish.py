@@ -85,6 +85,7 @@ def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
         (dict(data_licence=None), ["licence of the data", "--data_licence"]),
         (dict(data_name=""), ["--data_name"]),
         (dict(licence=None), ["--licence"]),
+        (dict(name="my model/1"), ["'my model/1'"]),
         (dict(summary=None), ["metrics", "--summary"]),
         (dict(summary={"n_mixtures": 3}), ["no summary of an evaluation"]),
     ],
@@ -176,7 +177,7 @@ def test_infer_separates_with_models_of_ours_and_of_asteroid(model_class, tmp_pa
 def test_infer_says_in_one_line_what_is_wrong(tmp_path, capsys):
     small().save(tmp_path / "model.pth")
     sf.write(tmp_path / "talk.wav", np.zeros(1000), 16000)
-    for model, words in [("model.pth", "sampling rate"), ("none.pth", "none.pth is neither")]:
+    for model, words in [("model.pth", "sampling rate"), ("none.pth", "none.pth is missing")]:
         with pytest.raises(SystemExit) as left:
             cli.main(["infer", str(tmp_path / model), "--files", str(tmp_path / "talk.wav")])
         (line,) = capsys.readouterr().err.strip().splitlines()
