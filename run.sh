@@ -21,8 +21,8 @@ root=$(cd "$(dirname "$0")" && pwd)
 stage=0 stop_stage= recipe=minispeech tag= id= python_path=
 settings=()
 
-list_settings() {  # every key of conf.yml; the recipe's file comes last and wins
-  awk '/^  [a-z_]+:/ {  # its comments say why a value differs, not what the option is
+list_settings() {  # every key: told of by conf.yml, with the value of the recipe's file, the last
+  awk '/^  [a-z_]+:/ {
     key = $1; sub(/:$/, "", key)
     value = $0; sub(/^ *[a-z_]+: */, "", value); sub(/ *#.*/, "", value)
     if (!(key in default_)) order[n++] = key

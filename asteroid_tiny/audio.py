@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from .data.kaldi import NO_LENGTH
+from .data.kaldi import NO_LENGTH, check_finite, check_whole
 from .errors import UserError
 from .files import reason, whole_file
 
@@ -85,14 +85,13 @@ def _blocks(file, path):
     n_read = 0
     try:
         while len(block := file.read(file.samplerate, dtype="float32", always_2d=True)):
+            check_finite(path, block)
             n_read += len(block)
             yield block
     except soundfile.LibsndfileError as error:
         raise UserError(f"{path} is damaged: {error.error_string}") from None
-    if n_read < file.frames and file.format != "MP3":  # of which the length may be an estimate
-        raise UserError(
-            f"{path} is damaged: only {n_read} of its {file.frames} samples can be decoded"
-        )
+    if file.format != "MP3":  # of which the length may be an estimate
+        check_whole(path, n_read, file.frames)
 
 
 @contextlib.contextmanager

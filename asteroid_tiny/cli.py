@@ -268,10 +268,8 @@ def _publish_any(options):
     for key in ("out", "name", "summary"):
         if getattr(options, key) is None:
             raise UserError(f"a model that is no run of a recipe is published with --{key}")
-    if foreign := is_speechbrain(options.source):
-        told = {}
-    else:
-        told = open_stored(locate(options.source)).infos
+    foreign = is_speechbrain(options.source)
+    told = {} if foreign else open_stored(locate(options.source)).infos
     load = Sepformer.from_speechbrain if foreign else from_pretrained
     keys = ("name", "data_name", "data_licence", "data_url", "data_author")
     about = {key: getattr(options, key) for key in keys}

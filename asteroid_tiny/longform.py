@@ -223,7 +223,7 @@ def separate_file(
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
         options = {**options, "mixture_consistency": mixture_consistency}
-        for estimates in separate_stream(model, _finite(pieces, path), **options):
+        for estimates in separate_stream(model, pieces, **options):
             if len(estimates) != len(targets):
                 raise UserError(f"the model gives {len(estimates)} sources, not {len(targets)}")
             _put(store, estimates.T, targets[0])
@@ -245,13 +245,6 @@ def separate_file(
     seconds = recording.n_read / recording.sample_rate
     about = {"n_channels": recording.n_channels, "sample_rate": recording.sample_rate}
     return {"seconds": seconds, "gain": gain, **about}
-
-
-def _finite(pieces, path):
-    for piece in pieces:
-        if not np.isfinite(piece).all():
-            raise UserError(f"{path} holds samples that are NaN or infinite")
-        yield piece
 
 
 def _put(store, samples, target):

@@ -113,15 +113,5 @@ def test_publish_adds_an_onnx_file_that_agrees(model, voices, tmp_path):
 def test_help_names_every_subcommand(capsys):
     assert status("--help") == 0
     text = capsys.readouterr().out
-    for name in (
-        "separate",
-        "infer",
-        "info",
-        "check",
-        "evaluate",
-        "average",
-        "export",
-        "publish",
-        "demo",
-    ):
+    for name in "separate infer info check evaluate average export publish demo".split():
         assert f"  {name}" in text

@@ -308,6 +308,20 @@ def open_info(path):
     return info
 
 
+def check_whole(path, n_decoded, n_samples):
+    """Raises a `UserError` for a hole, as in an Ogg file: all behind it would be shifted."""
+    if n_decoded != n_samples:
+        raise UserError(
+            f"{path} is damaged: only {n_decoded} of its {n_samples} samples can be decoded"
+        )
+
+
+def check_finite(path, samples):
+    """Raises a `UserError` if some samples of a file are no numbers."""
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds samples that are NaN or infinite")
+
+
 def decode(path):
     """All samples of a mono file: int16 where that loses nothing that was heard, else float32.
 
@@ -319,12 +333,8 @@ def decode(path):
         samples, _ = sf.read(path, dtype="float32")
     except (sf.LibsndfileError, OSError) as error:
         raise UserError(f"{path} cannot be decoded: {error}") from None
-    if len(samples) != info.frames:  # a hole in an Ogg file: all behind it would be shifted
-        raise UserError(
-            f"{path} is damaged: only {len(samples)} of its {info.frames} samples can be decoded"
-        )
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds samples that are NaN or infinite")
+    check_finite(path, samples)
+    check_whole(path, len(samples), info.frames)
     if info.subtype in WIDE_SUBTYPES:
         return samples
     return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
