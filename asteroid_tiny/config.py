@@ -39,13 +39,13 @@ COMPARISON = ("contenders", "budget_steps", "budget_minutes", "budget_points")
 MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK, *COMPARISON)
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
-    "cooldown_steps hold_steps colour overlap_ratio least_overlap level_spread num_workers "
-    "eval_workers budget_minutes average"
+    "cooldown_steps hold_steps colour overlap_ratio least_overlap silent_sources level_spread "
+    "num_workers eval_workers budget_minutes average"
 ).split()
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1}
 #: Settings with an upper limit, which they may reach.
-AT_MOST = {"overlap_ratio": 1, "least_overlap": 1}
+AT_MOST = {"overlap_ratio": 1, "least_overlap": 1, "silent_sources": 1}
 #: Types of the settings that are null by default, where not a whole number.
 OF_NULL = {
     "dropout": float,

@@ -25,24 +25,31 @@ from torch.utils.data import DataLoader
 
 from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
+from .data.mixing import SILENT
 from .errors import UserError
 from .report import write_curves
 from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
 
-DRAWN = "max_gap overlap_ratio least_overlap level_spread colour".split()  # of `DynamicMixtures`
+#: Settings that are arguments of `DynamicMixtures`.
+DRAWN = "max_gap overlap_ratio least_overlap silent_sources level_spread colour".split()
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
-BEST_POSSIBLE_DB = 30.0  # mixtures separated better than this teach nothing more
+BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
 
 say = rank_zero_only(print)
 
 
 def separation_loss(estimates, sources):
-    """Negative SI-SDR in dB under the best permutation of each item, at least -30, averaged.
+    """Negative SI-SDR in dB under the best permutation of each item, averaged.
+
+    A silent source has no SI-SDR. In its place stands the energy of its estimate as a share of that
+    of all estimates, in dB, as by S. Wisdom et al., "What's all the fuss about free universal sound
+    separation data?" (ICASSP 2021), but with the estimates for the mixture, since SI-SDR leaves
+    their scale open. Neither counts for more than -30.
 
     Args:
         estimates (torch.Tensor): (batch, n_src, time).
-        sources (torch.Tensor): (batch, n_src, time).
+        sources (torch.Tensor): (batch, n_src, time); silent are those below `SILENT`.
 
     Returns:
         torch.Tensor: The mean over the batch, a scalar.
@@ -51,12 +58,20 @@ def separation_loss(estimates, sources):
         >>> sources = torch.randn(3, 2, 4000)
         >>> separation_loss(sources.flip(1), sources)
         tensor(-30.)
+        >>> sources[:, 0] = 0
+        >>> separation_loss(sources, sources)
+        tensor(-30.)
     """
     # under bf16 autocast the best permutation would be rounded to a tenth of a dB
     with torch.autocast(estimates.device.type, enabled=False):
-        pairwise = pairwise_neg_sisdr(estimates.float(), sources.float())
-        loss, _ = PITLossWrapper.find_best_perm(pairwise)
-    return loss.clamp(min=-BEST_POSSIBLE_DB).mean()
+        estimates, sources = estimates.float(), sources.float()
+        energy = estimates.square().sum(-1, keepdim=True)
+        share = energy / (energy.sum(1, keepdim=True) + 1e-8)
+        leak = 10 * torch.log10(share + 10 ** (-BEST_POSSIBLE_DB / 10))
+        silent = sources.square().mean(-1) < SILENT**2
+        pairwise = pairwise_neg_sisdr(estimates, sources).clamp(min=-BEST_POSSIBLE_DB)
+        loss, _ = PITLossWrapper.find_best_perm(torch.where(silent[:, None], leak, pairwise))
+    return loss.mean()
 
 
 class SeparationSystem(System):

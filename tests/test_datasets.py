@@ -118,6 +118,20 @@ def test_training_mixtures_overlap_by_ratios_of_a_range(valid_speech):
     assert not torch.equal(again[0][0], plain[0][0])
 
 
+@pytest.mark.parametrize(("n_src", "heard"), [(2, {1, 2}), (3, {1, 2, 3})])
+def test_in_a_share_of_the_training_mixtures_some_sources_are_silent(valid_speech, n_src, heard):
+    args = dict(n_src=n_src, length=8000, seed=0, size=80, colour=3.0, overlap_ratio=0.5)
+    mixtures = DynamicMixtures(valid_speech, silent_sources=0.5, **args)
+    counts = []
+    for mixed, sources in (mixtures[i] for i in range(80)):
+        assert sources.shape == (n_src, 8000) and torch.equal(mixed, sources.sum(0))
+        counts.append(int(sources.any(-1).sum()))
+    assert set(counts) == heard
+    assert 25 <= counts.count(n_src) <= 55
+    plain, none = (DynamicMixtures(valid_speech, **args, **x) for x in ({}, dict(silent_sources=0)))
+    assert torch.equal(plain[3][0], none[3][0])
+
+
 def both_speak(sources):
     """Share of a mixture from the last source's first sample to the first source's last."""
     first, last = (torch.nonzero(source).flatten() for source in sources)

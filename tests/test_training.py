@@ -83,6 +83,22 @@ def test_items_beyond_30_db_teach_nothing():
     assert not estimates.grad.any()
 
 
+def test_silent_sources_cost_what_their_estimates_hold():
+    sources = torch.randn(2, 3, 800)
+    sources[:, 1:] = 0
+    estimates = sources[:, [1, 0, 2]].clone()
+    assert separation_loss(estimates, sources).item() == pytest.approx(-30)
+    estimates[:, 0] = 0.1 * sources[:, 0]  # a hundredth of the energy: 20 dB below the rest
+    wanted = (-30 - 20 - 30) / 3
+    assert separation_loss(estimates, sources).item() == pytest.approx(wanted, abs=0.2)
+    assert separation_loss(7 * estimates, sources).item() == pytest.approx(wanted, abs=0.2)
+    estimates.requires_grad_()
+    separation_loss(estimates, sources).backward()
+    moved = estimates - 0.01 * estimates.grad
+    assert moved[:, 0].norm() < estimates[:, 0].norm()
+    assert estimates.grad.isfinite().all()
+
+
 def rates(schedule, n_steps, val_losses=None):
     found = []
     for step in range(n_steps):
@@ -104,6 +120,7 @@ def an_optimizer():
         dict(max_gap=0.0),
         dict(overlap_ratio=0.5),
         dict(least_overlap=0.2),
+        dict(silent_sources=1.0),
         dict(level_spread=0.0),
         dict(colour=0.0),
         dict(speed_perturb=0),

@@ -114,6 +114,8 @@ class DynamicMixtures(EndlessMixtures):
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
+        silent_sources (float): Share of the mixtures, 0 to 1, in which some sources are silent: at
+            least one is, and at least one is not.
         speeds (sequence of int): Playback speeds in percent.
         level_spread (float): Levels lie up to this many dB above or below `LEVEL_DB`.
         colour (float): Spread of the spectrum of `same_colour` in dB; 0 leaves the spectra.
@@ -129,6 +131,7 @@ class DynamicMixtures(EndlessMixtures):
         speeds=(100,),
         overlap_ratio=1.0,
         least_overlap=1.0,
+        silent_sources=0.0,
         level_spread=0.0,
         colour=0.0,
         size=1,
@@ -141,6 +144,7 @@ class DynamicMixtures(EndlessMixtures):
         self.draw = dict(max_gap=max_gap, speeds=speeds)
         self.overlap_ratio = overlap_ratio
         self.least_overlap = least_overlap
+        self.silent_sources = silent_sources
         self.level_spread = level_spread
         self.colour = colour
 
@@ -150,6 +154,8 @@ class DynamicMixtures(EndlessMixtures):
         overlap_ratio = self.overlap_ratio
         if self.least_overlap < overlap_ratio:
             overlap_ratio = rng.uniform(self.least_overlap, overlap_ratio)
+        if self.n_src > 1 and self.silent_sources and rng.random() < self.silent_sources:
+            speakers = speakers[: rng.integers(1, self.n_src)]
         mixture = draw_mixture(
             self.speech,
             rng,
@@ -164,7 +170,8 @@ class DynamicMixtures(EndlessMixtures):
         if self.colour:
             sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)
-        return mixed, sources
+        silent = self.n_src - len(sources)
+        return mixed, torch.nn.functional.pad(sources, (0, 0, 0, silent))
 
 
 class RepeatedMixtures(EndlessMixtures):
