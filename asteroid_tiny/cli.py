@@ -271,8 +271,16 @@ def _publish_any(options):
     foreign = is_speechbrain(options.source)
     told = {} if foreign else open_stored(locate(options.source)).infos
     load = Sepformer.from_speechbrain if foreign else from_pretrained
-    keys = ("name", "data_name", "data_licence", "data_url", "data_author")
-    about = {key: getattr(options, key) for key in keys}
+    training = dict(told.get("training") or {})
+    data = training.pop("data", None) or {}
+    about = {
+        "name": options.name,
+        "training": training,
+        **{
+            f"data_{key}": getattr(options, f"data_{key}") or data.get(key)
+            for key in ("name", "licence", "url", "author")
+        },
+    }
     about["licence"] = options.licence or told.get("licence") or "cc-by-sa-3.0"
     about["command"] = options.made_by
     about["summary"] = read_summary(options.summary)

@@ -46,6 +46,11 @@ MAY_BE_ZERO = (
 BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1}
 #: Settings with an upper limit, which they may reach.
 AT_MOST = {"overlap_ratio": 1, "least_overlap": 1, "silent_sources": 1}
+#: Settings that are one of a few words.
+ONE_OF = {
+    "accelerator": ("auto", "cpu", "gpu"),
+    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+}
 #: Types of the settings that are null by default, where not a whole number.
 OF_NULL = {
     "dropout": float,
@@ -144,6 +149,8 @@ def _checked(key, value, default, where):
             pass
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UserError(f"{where}: {key} must be {kinds[kind]}, not {value!r}")
+    if key in ONE_OF and value not in ONE_OF[key]:
+        raise UserError(f"{where}: {key} must be one of {', '.join(ONE_OF[key])}, not {value!r}")
     if kind in (int, float) and (value < 0 or (value == 0 and key not in MAY_BE_ZERO)):
         bound = "at least" if key in MAY_BE_ZERO else "above"
         raise UserError(f"{where}: {key} must be {bound} 0, not {value}")

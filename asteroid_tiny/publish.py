@@ -44,6 +44,7 @@ import asteroid_tiny
 model = asteroid_tiny.from_pretrained("{name}")
 model.separate("mixture.wav", resample=True)  # writes mixture_est1.wav and so on
 ```"""
+PLAIN = f"Plain Asteroid loads `{hub.PICKLED}` once `asteroid_tiny` is imported."
 
 
 def publish(model, folder, about, half=False, signals=None):
@@ -100,9 +101,11 @@ def publish(model, folder, about, half=False, signals=None):
 
 
 def _check(about, model):
-    for key, what in NEEDED.items():
-        if not about.get(key):
-            raise UserError(f"nothing is published without the {what}; give --{key}")
+    lacking = [key for key in NEEDED if not about.get(key)]
+    if lacking:
+        what = ", and the ".join(NEEDED[key] for key in lacking)
+        options = ", ".join(f"--{key}" for key in lacking)
+        raise UserError(f"nothing is published without the {what}; give {options}")
     if not re.fullmatch(r"\w[\w.-]*", about["name"]):
         raise UserError(f"a model is named by letters, digits and _ . -, not {about['name']!r}")
     summary = about["summary"]
@@ -210,7 +213,7 @@ def model_card(config, about):
         "## Use",
         "With asteroid-tiny installed (`pip install .` in its repository):",
         USE.format(name=name),
-        f"Plain Asteroid loads `{hub.PICKLED}` once `asteroid_tiny` is imported.",
+        PLAIN,
         "## Training data",
         f"{source}{author}; licence: {data['licence']}."
         f"{began + '.' if began else ''}{trained + '.' if trained else ''}",
@@ -275,8 +278,10 @@ def add_to_zoo(folder):
     try:
         hub.ZOO.mkdir(exist_ok=True)
         with whole_folder(target) as part:
-            for name in (CARD, CONFIG, WEIGHTS):
+            for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(Path(folder) / name, part / name)
+            card = (Path(folder) / CARD).read_text(encoding="utf-8")
+            (part / CARD).write_text(card.replace(f"{PLAIN}\n\n", ""), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} could not be written: {reason(error)}") from None
     return target

@@ -228,12 +228,12 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     exp_dir = Path(exp_dir)
     defaults = recipe_defaults(exp_dir)
     settings = {**{key: defaults.get(key) for key in PUBLICATION}, **settings, **dict(given)}
-    for key in ("data_name", "data_licence"):
-        if settings["speech"] != defaults.get("speech") and settings[key] == defaults.get(key):
-            raise UserError(
-                f"the speech in {settings['speech']} is not that of the recipe, whose name and "
-                f"licence it cannot bear; give --{key}"
-            )
+    told = [key for key in ("data_name", "data_licence") if settings[key] == defaults.get(key)]
+    if told and settings["speech"] != defaults.get("speech"):
+        raise UserError(
+            f"the speech in {settings['speech']} is not that of the recipe, whose name and "
+            f"licence it cannot bear; give {' and '.join(f'--{key}' for key in told)}"
+        )
     summary = read_summary(exp_dir / "results" / "summary.json")
     model = trained_model(exp_dir, settings)
     try:

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from .audio import FFMPEG_SUFFIXES
+from .audio import FFMPEG_SUFFIXES, open_recording
 from .errors import UserError
 from .inspection import DEFAULT, made_for, open_model
 from .longform import separate_file
@@ -68,8 +68,15 @@ def separate_all(
     recordings = find_recordings(files)
     if not recordings:
         raise UserError(f"there are no recordings in {', '.join(files)}")
-    for path in recordings:
-        targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
+    named = {
+        path: [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
+        for path in recordings
+    }
+    outputs = {target.resolve() for targets in named.values() for target in targets}
+    for path in [path for path in recordings if path.resolve() in outputs]:
+        print(f"  {path}: left out, an output of an earlier run")
+        del named[path]
+    for path, targets in named.items():
         try:
             if targets[0] in written:
                 raise UserError(
@@ -89,7 +96,7 @@ def separate_all(
             continue
         seconds += done["seconds"]
         print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
-    n_done = len(recordings) - n_before - len(failed)
+    n_done = len(named) - n_before - len(failed)
     took = time.monotonic() - began
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
           f"{len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}")  # fmt: skip
@@ -123,7 +130,8 @@ def is_done(targets, path, force=False):
     """Whether all files of a recording are there.
 
     Raises:
-        UserError: If a file is in the way: the recording itself, or some of them without others.
+        UserError: If a file is in the way: the recording itself, some of them without others, or
+            those of another recording, as the length or the rate tells.
     """
     there = [target for target in targets if target.exists()]
     if any(target.samefile(path) for target in there if path.exists()):
@@ -135,6 +143,14 @@ def is_done(targets, path, force=False):
         raise UserError(f"{more} is of a model of more speakers; give another folder (-o)")
     if len(there) < len(targets):
         raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
+    if path.exists() and path.suffix.lower() != ".mp3":  # of which the length may be an estimate
+        with open_recording(path) as ours, open_recording(targets[0]) as theirs:
+            alike = ours.n_samples in (None, theirs.n_samples)
+            if not alike or ours.sample_rate != theirs.sample_rate:
+                raise UserError(
+                    f"{targets[0]} is of another recording than {path}; give another folder (-o), "
+                    "or write over it with --force"
+                )
     return True
 
 

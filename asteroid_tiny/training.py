@@ -242,11 +242,15 @@ def fit(trainer, system, exp_dir):
     """Trains on from the last checkpoint if there is one (Trainer, SeparationSystem, Path).
 
     Raises:
-        UserError: If another process of the training died.
+        UserError: If another process of the training died, or somebody stopped it (Ctrl-C).
     """
     last = exp_dir / "checkpoints" / "last.ckpt"
     try:
         trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
+    except SystemExit:  # by Lightning, without a word
+        if not trainer.interrupted:
+            raise
+        raise UserError("stopped; the same command continues from the last checkpoint") from None
     except RuntimeError as error:
         if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise

@@ -34,6 +34,8 @@ DEFAULTS = {
     "dropout": None,
     "share_layers": None,
     "num_workers": 4,
+    "accelerator": "auto",
+    "precision": "auto",
 }
 
 
@@ -78,6 +80,8 @@ def test_options_get_the_type_of_their_setting(key, text, value):
 @pytest.mark.parametrize(
     "key, text, words",
     [
+        ("precision", "fp4", "must be one of auto, 32-true, bf16-mixed"),
+        ("accelerator", "tpu", "must be one of auto, cpu, gpu, not 'tpu'"),
         ("lr", "fast", "must be a number, not 'fast'"),
         ("lr", "true", "must be a number, not True"),
         ("lr", "null", "must be a number, not None"),

@@ -83,7 +83,7 @@ def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
     "change, words",
     [
         (dict(data_licence=None), ["licence of the data", "--data_licence"]),
-        (dict(data_name=""), ["--data_name"]),
+        (dict(data_name="", summary={}), ["and the metrics", "--data_name, --summary"]),
         (dict(licence=None), ["--licence"]),
         (dict(name="my model/1"), ["'my model/1'"]),
         (dict(summary=None), ["metrics", "--summary"]),
@@ -100,7 +100,7 @@ def test_nothing_is_published_without_licence_and_metrics(tmp_path, about, chang
 def test_speech_of_ones_own_does_not_bear_the_name_of_the_recipes(refused):
     recipe = DATA.parent
     settings = read_conf(recipe.parents[2] / "local" / "conf.yml") | read_conf(recipe / "conf.yml")
-    with refused("the speech in /mine", "--data_name"):
+    with refused("the speech in /mine", "--data_name and --data_licence"):
         publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine"})
     with refused("the speech in /mine", "--data_licence"):
         publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine", "data_name": "My"})
@@ -145,16 +145,30 @@ def test_any_model_is_published_and_packaged_from_the_command_line(
     model.save(tmp_path / "model.pth")
     (tmp_path / "summary.json").write_text(json.dumps(about["summary"]))
     source, out = str(tmp_path / "model.pth"), str(tmp_path / "out")
+    metrics = ["--summary", str(tmp_path / "summary.json")]
     options = ["publish", source, "--out", out, "--name", "a-model", "--data_name", "Corpus"]
-    options += ["--summary", str(tmp_path / "summary.json")]
     with pytest.raises(SystemExit) as left:
-        cli.main(options)
+        cli.main([*options, *metrics])
     assert left.value.code == 2 and "--data_licence" in capsys.readouterr().err
-    cli.main([*options, "--data_licence", "CC0"])
+    cli.main([*options, *metrics, "--data_licence", "CC0"])
     cli.main(["publish", out, "--zoo"])
     assert list_models()["a-model"]["training"]["data"]["licence"] == "CC0"
+    assert "pytorch_model.bin" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "zoo" / "a-model" / "README.md").read_text()
+    assert "pytorch_model.bin" not in card and "Corpus" in card  # that file is not packaged
     twin = from_pretrained("a-model")
     assert all(torch.equal(twin.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_what_a_model_tells_of_its_training_is_published_again(tmp_path, about):
+    publish(small(), tmp_path / "p", about)
+    (tmp_path / "summary.json").write_text(json.dumps(about["summary"]))
+    files = ["--out", str(tmp_path / "q"), "--summary", str(tmp_path / "summary.json")]
+    args = ["publish", str(tmp_path / "p" / "model.safetensors"), "--name", "twin", *files]
+    cli.main([*args, "--data_name", "The Corpus"])
+    before, after = (json.loads((tmp_path / x / CONFIG).read_text()) for x in "pq")
+    assert after["training"]["steps"] == 100 and after["training"]["hours"] == 1.25
+    assert after["training"]["data"] == {**before["training"]["data"], "name": "The Corpus"}
 
 
 @pytest.mark.parametrize("model_class", [*CLASSES, ConvTasNet])

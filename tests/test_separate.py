@@ -65,10 +65,11 @@ def test_a_folder_is_separated_once_and_again_only_by_force(separate, talks, tmp
 
     before = contents(out)
     for path in out.iterdir():
-        path.write_bytes(b"mine")
+        sf.write(path, np.zeros(32000), 8000)
+    mine = contents(out)
     status, text, _ = separate(talks)
     assert status == 0 and "4 done before" in text
-    assert set(contents(out).values()) == {b"mine"}
+    assert contents(out) == mine
     status, text, _ = separate(talks, "--force")
     assert status == 0 and contents(out) == before
 
@@ -112,6 +113,25 @@ def test_estimates_of_more_speakers_are_not_taken_for_those_of_fewer(separate, t
     (tmp_path / "out" / f"{first.stem}_est3.wav").write_bytes(b"of a third speaker")
     status, _, errors = separate(first)
     assert status == 1 and "a model of more speakers" in errors
+
+
+def test_outputs_beside_the_recordings_are_not_separated_again(separate, talks):
+    n_files = len(contents(talks))
+    for done in ("4 separated", "4 done before"):
+        status, text, _ = separate(talks, out="talks")
+        assert status == 0 and done in text and len(contents(talks)) == 3 * n_files
+    assert text.count("left out, an output") == 8
+
+
+def test_a_namesake_of_another_folder_is_not_taken_for_done(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    for folder, n_samples in (("a", 9000), ("b", 9001)):
+        (tmp_path / folder).mkdir()
+        sf.write(tmp_path / folder / "talk.wav", voice[:n_samples], 8000)
+    assert separate(tmp_path / "a" / "talk.wav")[0] == 0
+    status, _, errors = separate(tmp_path / "b" / "talk.wav")
+    assert status == 1 and "talk_est1.wav is of another recording" in errors
+    assert sf.info(tmp_path / "out" / "talk_est1.wav").frames == 9000
 
 
 def test_a_folder_without_recordings_is_named(separate, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -199,6 +200,28 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
     assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+def test_a_training_stopped_by_ctrl_c_says_how_it_goes_on(
+    model, speech, valid, tmp_path, monkeypatch, refused
+):
+    class Hand(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    build_trainer = training.build_trainer
+    monkeypatch.setattr(
+        training, "build_trainer", lambda f, conf, c, **o: build_trainer(f, conf, [Hand(), *c], **o)
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with refused("stopped; the same command continues"):
+            train(model, speech, valid, tmp_path, CONF)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
 
 
 def test_a_training_that_moves_keeps_its_best_weights(model, speech, valid, tmp_path):
