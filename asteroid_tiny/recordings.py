@@ -2,6 +2,7 @@
 
 import glob
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -65,18 +66,14 @@ def separate_all(
         "peak": peak,
     }
     began, seconds, n_before, failed, written = time.monotonic(), 0.0, 0, [], {}
-    recordings = find_recordings(files)
-    if not recordings:
+    found = find_recordings(files)
+    if not found:
         raise UserError(f"there are no recordings in {', '.join(files)}")
-    named = {
-        path: [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
-        for path in recordings
-    }
-    outputs = {target.resolve() for targets in named.values() for target in targets}
-    for path in [path for path in recordings if path.resolve() in outputs]:
+    recordings = [path for path in found if not _is_output(path, out, found)]
+    for path in sorted(set(found).difference(recordings)):
         print(f"  {path}: left out, an output of an earlier run")
-        del named[path]
-    for path, targets in named.items():
+    for path in recordings:
+        targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
         try:
             if targets[0] in written:
                 raise UserError(
@@ -96,7 +93,7 @@ def separate_all(
             continue
         seconds += done["seconds"]
         print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
-    n_done = len(named) - n_before - len(failed)
+    n_done = len(recordings) - n_before - len(failed)
     took = time.monotonic() - began
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
           f"{len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}")  # fmt: skip
@@ -124,6 +121,13 @@ def find_recordings(names):
         else:
             found += sorted(map(Path, glob.glob(name, recursive=True))) or [Path(name)]
     return list(dict.fromkeys(found))
+
+
+def _is_output(path, out, recordings):
+    """Whether a recording is what an earlier run wrote for another (bool)."""
+    found = re.fullmatch(r"(.+)_est\d+", path.stem)
+    there = path.resolve().parent == Path(out).resolve()
+    return bool(found) and there and any(found[1] == other.stem for other in recordings)
 
 
 def is_done(targets, path, force=False):

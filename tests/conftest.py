@@ -17,6 +17,10 @@ from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.summary import METRICS, summarise
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a core for each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "egs" / "minispeech" / "TinySepformer" / "data"
 
