@@ -298,7 +298,9 @@ def training_loader(speech, conf):
         size=size,
     )
     if isinstance(speech, MixtureList):
-        mixtures = RepeatedMixtures(speech, **common)
+        mixtures = RepeatedMixtures(
+            speech, silent_sources=conf.get("silent_sources", 0.0), **common
+        )
     else:
         mixtures = DynamicMixtures(
             speech,

@@ -106,6 +106,21 @@ def test_an_item_is_the_same_in_any_order_and_process(listed):
     assert not torch.equal(RepeatedMixtures(listed, 4000, seed=4)[0][0], wanted[0][0])
 
 
+def test_in_a_share_of_the_mixtures_some_sources_are_silent(listed):
+    plain = RepeatedMixtures(listed, 8000, seed=0)
+    fewer = RepeatedMixtures(listed, 8000, seed=0, silent_sources=0.5)
+    counts = []
+    for i in range(60):
+        mixture, sources = fewer[i]
+        heard = sources.any(-1)
+        counts.append(int(heard.sum()))
+        assert torch.equal(sources[heard], plain[i][1][heard])
+        before, noise = plain[i][0], plain[i][0] - plain[i][1].sum(0)
+        torch.testing.assert_close(mixture - sources.sum(0), noise, rtol=0, atol=1e-6)
+        assert heard.all() == torch.equal(mixture, before)
+    assert set(counts) == {1, 2} and 18 <= counts.count(1) <= 42
+
+
 def test_short_mixtures_are_followed_by_silence(listed):
     mixture, sources = RepeatedMixtures(listed, 40000, seed=0)[0]
     assert mixture.shape == (40000,) and sources.shape == (2, 40000)

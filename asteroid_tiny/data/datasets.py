@@ -185,15 +185,17 @@ class RepeatedMixtures(EndlessMixtures):
         length (int): Length in samples.
         seed, size (int): See `EndlessMixtures`.
         speeds (sequence of int): Playback speeds in percent, drawn for each source.
+        silent_sources (float): See `DynamicMixtures`; sources are taken out of the mixture.
     """
 
-    def __init__(self, mixtures, length, seed, speeds=(100,), size=1):
+    def __init__(self, mixtures, length, seed, speeds=(100,), silent_sources=0.0, size=1):
         super().__init__(seed, size)
         self.mixtures = mixtures.mixtures
         self.speech = mixtures.speech
         self.noise = mixtures.noise
         self.length = length
         self.speeds = speeds
+        self.silent_sources = silent_sources
 
     def _item(self, rng, index, attempt):
         n_passes, place = divmod(index + attempt, len(self.mixtures))
@@ -208,6 +210,10 @@ class RepeatedMixtures(EndlessMixtures):
             mixed, sources = (signal[..., start : start + self.length] for signal in signals)
             if (sources.square().mean(-1) > SILENT**2).all():
                 break
+        if len(sources) > 1 and self.silent_sources and rng.random() < self.silent_sources:
+            silent = rng.permutation(len(sources))[rng.integers(1, len(sources)) :]
+            mixed, sources = mixed - sources[silent].sum(0), sources.clone()
+            sources[silent] = 0
         return mixed, sources
 
 
