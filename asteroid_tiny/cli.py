@@ -57,7 +57,7 @@ def _separate_options(parser):
 @command("separate", _separate_options)
 def separate(options):
     """Separates recordings of any length into one file a speaker."""
-    from .recordings import separate_all
+    from .longform.folder import separate_all
 
     try:
         n_failed = separate_all(**vars(options))

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .audio import open_recording, resample
 from .errors import UserError
 from .hub import list_models
 from .inspection import made_for, open_model
-from .longform import separate_file
+from .longform.audio import open_recording, resample
+from .longform.blocks import separate_file
+from .longform.folder import find_device, notes_on
 from .plots import loudest, spectrogram
-from .recordings import find_device, notes_on
 
 SHORTEST = 0.5  # s; less holds nothing that can be told apart
 MINUTES = 5.0  # of a recording

@@ -1,6 +1,6 @@
 """Stage 5: measures the presets and their peers."""
 
-from asteroid_tiny.benchmark import benchmark
+from asteroid_tiny.bench.benchmark import benchmark
 from asteroid_tiny.config import open_run
 from asteroid_tiny.errors import exit_on_user_error
 

@@ -14,7 +14,8 @@ import torch
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.data.mixing import draw_list, render, same_colour
-from asteroid_tiny.longform import cut, separate_long
+from asteroid_tiny.longform import separate_long
+from asteroid_tiny.longform.blocks import cut
 
 RATE = 8000
 DATA = Path(__file__).resolve().parents[1] / "egs" / "minispeech" / "TinySepformer" / "data"

@@ -12,12 +12,12 @@ import torch
 from recipes import settings_of
 from small import n_parameters, small
 
-from asteroid_tiny import benchmark as stage
-from asteroid_tiny import measure
-from asteroid_tiny.benchmark import benchmark
-from asteroid_tiny.benchmark_page import Figures, gpu_table
+from asteroid_tiny.bench import benchmark as stage
+from asteroid_tiny.bench import measure
+from asteroid_tiny.bench.benchmark import benchmark
+from asteroid_tiny.bench.page import Figures, gpu_table
+from asteroid_tiny.bench.peers import PEERS, build_peer
 from asteroid_tiny.cost import count_macs, saved_bytes
-from asteroid_tiny.peers import PEERS, build_peer
 from asteroid_tiny.tables import number
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from recipes import prepare
 
-from asteroid_tiny import Sepformer, comparison, peers
-from asteroid_tiny.comparison import (
+from asteroid_tiny import Sepformer
+from asteroid_tiny.bench import comparison, peers
+from asteroid_tiny.bench.comparison import (
     ablations,
     budget_points,
     build_contender,
@@ -23,9 +24,9 @@ from asteroid_tiny.comparison import (
     format_comparison,
     train_contender,
 )
+from asteroid_tiny.bench.milestones import improvements
 from asteroid_tiny.data import MixtureList
 from asteroid_tiny.evaluation import measure, separate
-from asteroid_tiny.milestones import improvements
 from asteroid_tiny.preparation import open_list
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +172,7 @@ def test_si_sdri_is_that_of_the_evaluation(run):
 
 START = """
 import json, sys
-from asteroid_tiny.comparison import compare
+from asteroid_tiny.bench.comparison import compare
 from asteroid_tiny.errors import exit_on_user_error
 if __name__ == "__main__":
     with exit_on_user_error():

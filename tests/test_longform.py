@@ -13,14 +13,9 @@ import torch
 from conversations import RATE, Oracle, conversation, ours, peer, wrong_share
 
 from asteroid_tiny import TinySepformer
-from asteroid_tiny.longform import (
-    cut,
-    make_consistent,
-    separate_file,
-    separate_long,
-    separate_stream,
-)
-from asteroid_tiny.upper_band import share_rest
+from asteroid_tiny.longform import separate_file, separate_long, separate_stream
+from asteroid_tiny.longform.blocks import cut, make_consistent
+from asteroid_tiny.longform.upper_band import share_rest
 
 
 class Shares(torch.nn.Module):
@@ -278,7 +273,8 @@ def test_memory_does_not_grow_with_the_length(tmp_path, talk):
 HOUR = """
 import resource, sys, time
 from asteroid_tiny import TinySepformer
-from asteroid_tiny.longform import Path, separate_file
+from pathlib import Path
+from asteroid_tiny.longform import separate_file
 sizes = dict(n_filters=64, kernel_size=128, stride=64, bn_chan=32, ff_hid=32, n_heads=2,
              chunk_size=50, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
 path, began = Path(sys.argv[1]), time.monotonic()

@@ -192,9 +192,9 @@ def test_bad_options_end_with_status_2_and_one_sentence(separate, talks, capsys,
 
 
 def test_ctrl_c_in_the_middle_leaves_no_part(separate, talks, tmp_path, monkeypatch):
-    from asteroid_tiny import longform
+    from asteroid_tiny.longform import blocks
 
-    real, calls = longform.write_tracks, []
+    real, calls = blocks.write_tracks, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -202,7 +202,7 @@ def test_ctrl_c_in_the_middle_leaves_no_part(separate, talks, tmp_path, monkeypa
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(longform, "write_tracks", interrupted)
+    monkeypatch.setattr(blocks, "write_tracks", interrupted)
     status, _, _ = separate(talks)
     assert "the same command goes on" in status
     assert len(list((tmp_path / "out").iterdir())) == 4

@@ -7,8 +7,8 @@ import torch
 from small import n_parameters
 
 from asteroid_tiny import Sepformer, TinySepformer, from_pretrained
+from asteroid_tiny.bench.peers import build_peer
 from asteroid_tiny.cost import saved_bytes
-from asteroid_tiny.peers import build_peer
 
 pytest.importorskip("speechbrain")
 from speechbrain.inference.separation import SepformerSeparation

@@ -11,10 +11,10 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+from ..errors import UserError
+from ..inspection import DEFAULT, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
-from .errors import UserError
-from .inspection import DEFAULT, made_for, open_model
-from .longform import separate_file
+from .blocks import separate_file
 
 
 def separate_all(
@@ -41,7 +41,7 @@ def separate_all(
         block (float): Length of a block in seconds.
         batch (int, optional): Blocks at a time.
         force (bool): Whether files that are there are written anew.
-        no_mixture_consistency (bool): See `longform.separate_stream`.
+        no_mixture_consistency (bool): See `blocks.separate_stream`.
         peak (float, optional): See `audio.write_tracks`.
 
     Returns:

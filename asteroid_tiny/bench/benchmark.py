@@ -1,8 +1,8 @@
 """Stage 5: measures every preset and every peer, and writes what they cost into a page.
 
-`measure` makes the figures, each kind for each model in a process of its own; `benchmark_page`
-makes the page. The figures are kept as they come, in benchmark.json: what is there already is not
-measured again, unless the machine or what is asked for has changed.
+`measure` makes the figures, those of a kind and model in a process of its own; `page` the page.
+They are kept as they come, in benchmark.json: what is there already is not measured again,
+unless the machine or what is asked for has changed.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from .benchmark_page import write_page
-from .config import BENCHMARK
-from .errors import UserError
-from .files import whole_file
-from .models import PRESETS
+from ..config import BENCHMARK
+from ..errors import UserError
+from ..files import whole_file
+from ..models import PRESETS
+from ..recipe import without_paths
+from .page import write_page
 from .peers import PEERS
-from .recipe import without_paths
 
 REFERENCE_LENGTH = 4.0  # s: of the comparisons, and the longest of training steps
 EXPORTED = ("tiny-sepformer-xs", "tiny-sepformer-s")  # as ONNX files

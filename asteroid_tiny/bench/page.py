@@ -1,12 +1,12 @@
 """The benchmark's page: tables as Markdown and two plots, of the figures that were measured."""
 
-from .files import whole_file
+from ..files import whole_file
+from ..models import PRESETS
+from ..plots import Axes
+from ..tables import markdown, number, percent
 from .measure import BUDGET, MATRIX, MEMORY_SHARE, MOST_RUNS
-from .models import PRESETS
 from .peers import PEERS
-from .plots import Axes
 from .published import quality_plot, quality_words
-from .tables import markdown, number, percent
 
 BASELINE, SMALL_PEER = "speechbrain-sepformer", "speechbrain-re-sepformer"
 TITLES = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 
 class Peer(NamedTuple):

@@ -1,7 +1,7 @@
 """The quality of separation models as their papers tell it, against what they cost."""
 
-from .models import PRESETS
-from .plots import Axes
+from ..models import PRESETS
+from ..plots import Axes
 
 #: Published SI-SNRi on WSJ0-2mix in dB: the model here whose operations were counted, or
 #: the published 1e9 multiply-accumulates a second; quality; where it was read. Without dynamic

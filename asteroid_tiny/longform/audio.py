@@ -15,9 +15,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from .data.kaldi import NO_LENGTH, check_finite, check_whole
-from .errors import UserError
-from .files import reason, whole_file
+from ..data.kaldi import NO_LENGTH, check_finite, check_whole
+from ..errors import UserError
+from ..files import reason, whole_file
 
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
 FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}

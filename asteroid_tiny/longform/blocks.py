@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import UserError
+from ..files import reason
 from .audio import fit, open_recording, resample, scratch, write_tracks
-from .errors import UserError
-from .files import reason
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
 

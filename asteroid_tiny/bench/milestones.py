@@ -14,9 +14,9 @@ import pytorch_lightning as pl
 import torch
 from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 
-from .errors import UserError
-from .summary import mean_interval
-from .training import validation_loader
+from ..errors import UserError
+from ..summary import mean_interval
+from ..training import validation_loader
 
 STATUS = Path("/proc/self/status")  # of Linux
 

@@ -1,4 +1,4 @@
-"""One measurement of the benchmark, in a process of its own: python -m asteroid_tiny.measure TASK
+"""One measurement, in a process of its own: python -m asteroid_tiny.bench.measure TASK
 
 TASK is a JSON object: `kind` is one of `MEASUREMENTS`, the rest are its arguments. Each figure goes
 to stdout as a line of JSON as soon as it is there, so that those before a crash are not lost.
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from .cost import count_macs, saved_bytes
-from .errors import UserError
-from .models import PRESETS
+from ..cost import count_macs, saved_bytes
+from ..errors import UserError
+from ..models import PRESETS
 from .peers import PEERS, build_peer
 
 SAMPLE_RATE = 8000
@@ -79,7 +79,7 @@ def onnx(name, length):
 
 def exported(model, length):
     """As `onnx`, of a model that is there."""
-    from .export import OnnxSeparator, export_onnx, save_int8
+    from ..export import OnnxSeparator, export_onnx, save_int8
 
     mixture = noise(length)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +108,8 @@ def machine():
 
 def mixing(exp_dir, settings):
     """How many training mixtures a second one core mixes on the fly, as the recipe trains."""
-    from .preparation import open_split
-    from .training import training_loader
+    from ..preparation import open_split
+    from ..training import training_loader
 
     speech = open_split(exp_dir, settings, "train")
     mixtures = training_loader(speech, {**settings, "num_workers": 0}).dataset

@@ -28,17 +28,17 @@ from pathlib import Path
 import torch
 from asteroid.masknn import DPRNN, TDConvNet
 
-from .config import OF_THE_MACHINE, PUBLICATION, begin_run
-from .cost import count_macs
-from .errors import UserError, sentence
-from .files import whole_file
-from .models import PRESETS, TinySepformer
+from ..config import OF_THE_MACHINE, PUBLICATION, begin_run
+from ..cost import count_macs
+from ..errors import UserError, sentence
+from ..files import whole_file
+from ..models import PRESETS, TinySepformer
+from ..plots import COLOURS, Axes, side_by_side
+from ..preparation import list_path, make_lists, open_list, open_training, prepare_speech
+from ..recipe import build_model, without_paths
+from ..summary import mean_interval
+from ..tables import markdown
 from .peers import PEERS, build_peer
-from .plots import COLOURS, Axes, side_by_side
-from .preparation import list_path, make_lists, open_list, open_training, prepare_speech
-from .recipe import build_model, without_paths
-from .summary import mean_interval
-from .tables import markdown
 
 #: The contenders of the group ``models``, with the sizes of their papers or recipes.
 MODELS = (*PRESETS, "conv-tasnet", "dprnn")
@@ -215,8 +215,8 @@ def train_contender(exp_dir, settings, name):
         settings (dict): Of the run.
         name (str): One of those that `choose` gives.
     """
+    from ..training import build_system, build_trainer, fit  # late: Lightning takes seconds
     from .milestones import Points
-    from .training import build_system, build_trainer, fit  # late: Lightning takes seconds
 
     folder = Path(exp_dir) / "comparison" / name
     conf = {
