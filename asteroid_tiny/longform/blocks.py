@@ -17,7 +17,7 @@ from .audio import fit, open_recording, resample, scratch, write_tracks
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
-BLOCK, OVERLAP = 8.0, 4.0  # s
+BLOCK, OVERLAP = 4.0, 2.0  # s
 
 
 def separate_stream(

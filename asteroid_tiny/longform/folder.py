@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..inspection import DEFAULT, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
-from .blocks import separate_file
+from .blocks import BLOCK, separate_file
 
 
 def separate_all(
@@ -23,7 +23,7 @@ def separate_all(
     out="separated",
     format="wav",
     device="auto",
-    block=8.0,
+    block=BLOCK,
     batch=None,
     force=False,
     no_mixture_consistency=False,
