@@ -1,7 +1,8 @@
 """Conversations of real speech, a separator that knows them, and how often speakers change files.
 
 `python tests/conversations.py` prints the table of the README (minutes);
-`python tests/conversations.py MODEL DIR` the same of a model, with speakers of a Kaldi data dir.
+`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, and how
+far one speaker alone is kept out of the other file.
 """
 
 import itertools
