@@ -95,6 +95,7 @@ def visit(browser, server):
     def open_page(width=1280, url=server.url):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
         page = contexts[-1].new_page()
+        page.set_default_timeout(120_000)  # ms; beside other work the first visit takes long
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         page.get_by_role("button", name="Separate").wait_for()

@@ -208,7 +208,7 @@ def test_a_training_stopped_by_ctrl_c_says_how_it_goes_on(
     class Hand(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
+                raise KeyboardInterrupt
 
     build_trainer = training.build_trainer
     monkeypatch.setattr(
