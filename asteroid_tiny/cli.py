@@ -273,6 +273,8 @@ def _publish_any(options):
     load = Sepformer.from_speechbrain if foreign else from_pretrained
     training = dict(told.get("training") or {})
     data = training.pop("data", None) or {}
+    if options.data_name not in (None, data.get("name")):
+        data = {}  # of other data, whose licence says nothing of these
     about = {
         "name": options.name,
         "training": training,

@@ -70,7 +70,7 @@ def separate_all(
     if not found:
         raise UserError(f"there are no recordings in {', '.join(files)}")
     recordings = [path for path in found if not _is_output(path, out, found)]
-    for path in sorted(set(found).difference(recordings)):
+    for path in [path for path in found if path not in recordings]:
         print(f"  {path}: left out, an output of an earlier run")
     for path in recordings:
         targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
