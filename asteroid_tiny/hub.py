@@ -58,6 +58,8 @@ def locate(name):
     Raises:
         UserError: If there is nothing of that name, or it cannot be fetched.
     """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise UserError(f"{name!r} names no model; see asteroid_tiny.list_models()")
     path, name = Path(name), str(name)
     packaged = {folder.parent.name: folder.parent for folder in ZOO.glob(f"*/{CONFIG}")}
     if path.exists():

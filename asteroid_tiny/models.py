@@ -16,6 +16,7 @@ from .errors import UserError
 from .filterbanks import build_filterbank
 from .hub import locate
 from .layers import ConvAttentionLayer, TransformerLayer
+from .linear import is_traced
 from .masker import DualPathMasker
 from .weights import build, from_dict, open_stored, save_whole, write_pair
 
@@ -96,7 +97,15 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
 
         Returns:
             torch.Tensor: Encoded mixture, (batch, filters, frames).
+
+        Raises:
+            UserError: If the mixture has more than one channel.
         """
+        if not is_traced() and wav.shape[1] != 1:
+            raise UserError(
+                f"a mixture has one channel, not {wav.shape[1]}: its shape is (time,), "
+                "(batch, time) or (batch, 1, time)"
+            )
         if torch.compiler.is_exporting():  # with a length that is at least that of the filters
             return super().forward_encoder(wav)
         short = self.encoder.filterbank.kernel_size - wav.shape[-1]
@@ -404,7 +413,7 @@ def average(models):
         Sepformer or TinySepformer: A new model, in eval mode.
 
     Raises:
-        UserError: If the models are not of one class, or have other arguments.
+        UserError: If there is none, or they are not of one class and of the same arguments.
 
     Examples:
         >>> model = TinySepformer.from_preset("tiny-sepformer-xs")
@@ -412,12 +421,15 @@ def average(models):
         >>> torch.equal(mean.encoder.filterbank.filters(), model.encoder.filterbank.filters())
         True
     """
+    models = list(models)
+    if not models:
+        raise UserError("there are no models to average")
     first, *others = models
     args = first.get_model_args()
     if any(type(m) is not type(first) or m.get_model_args() != args for m in others):
         raise UserError("models of different classes or arguments cannot be averaged")
     mean = type(first)(**args).eval()
-    states = [m.state_dict() for m in (first, *others)]
+    states = [m.state_dict() for m in models]
     mean.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
     return mean
 

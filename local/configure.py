@@ -24,8 +24,11 @@ def main(recipe, tag, *options):
     defaults = read_recipe(base, recipe_dir / "conf.yml")
     given = parse_options(list(options), defaults)
     for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
-        if key in given and Path(str(given[key])).exists():
-            given[key] = str(Path(given[key]).absolute())
+        if given.get(key) is None:
+            continue
+        here, in_recipe = Path(given[key]).absolute(), recipe_dir / given[key]
+        if here.exists() or (key != "init_from" and not in_recipe.exists()):
+            given[key] = str(here)
     settings = merge(defaults, given, "options")
     from asteroid_tiny.recipe import build_model, without_foreign_start  # late: they need torch
 

@@ -76,6 +76,12 @@ def test_a_name_of_nothing_says_what_there_is(zoo, refused):
         from_pretrained("no-model")
 
 
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_what_is_no_name_is_refused(zoo, refused, name):
+    with refused(f"{name!r} names no model"):
+        from_pretrained(name)
+
+
 def test_an_address_is_fetched_once_as_long_as_its_content_is_the_same(tmp_path, cache):
     first, second = small(), small()
     with serving_files(files_of(first, tmp_path / "first")) as server:

@@ -186,6 +186,23 @@ def test_files_come_back_at_their_rate_length_and_place(tmp_path, rate, suffix):
     assert sorted(p.name for p in targets[0].parent.iterdir()) == [p.name for p in targets]
 
 
+def test_targets_may_be_strings_of_a_format_that_there_is(talk, tmp_path, refused):
+    path = write(tmp_path / "in.wav", talk[:8000], RATE)
+    targets = [str(tmp_path / "out" / f"{k}.flac") for k in (1, 2)]
+    separate_file(Shares(0.5, 0.5), path, targets)
+    assert read_tracks(targets)[0].shape == (2, 8000)
+    for wrong in ([tmp_path / "1.wav", tmp_path / "2.mp3"], [tmp_path / "1", tmp_path / "2"]):
+        with refused(f"{wrong[1]} cannot be written", ".wav, .flac, .ogg"):
+            separate_file(Shares(0.5, 0.5), path, [targets[0], wrong[1]])
+    with refused("there are no files"):
+        separate_file(Shares(0.5, 0.5), path, [])
+
+
+def test_a_recording_in_memory_has_one_channel(talk, refused):
+    with refused("(2, 8000)", "(time,)"):
+        separate_long(Shares(0.5, 0.5), np.stack([talk[:8000]] * 2))
+
+
 class Knows(Shares):
     """Gives the sources that it was told, whatever it hears."""
 

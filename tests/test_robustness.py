@@ -25,6 +25,14 @@ def test_any_length_works(model_class):
 
 
 @both_classes
+def test_a_mixture_has_one_channel(model_class, refused):
+    model = small(model_class)
+    assert torch.equal(model(torch.ones(2, 1, 99)), model(torch.ones(2, 99)))
+    with refused("one channel, not 2", "(batch, time)"):
+        model(torch.ones(1, 2, 99))
+
+
+@both_classes
 def test_the_shortest_mixture_has_gradients(model_class):
     model = small(model_class).train()
     model(torch.randn(1, 1)).square().sum().backward()

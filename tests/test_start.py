@@ -84,3 +84,14 @@ def test_a_recipe_begins_with_its_weights_where_they_fit(options, start, run_fol
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == str(exp), done.stderr
     assert read_conf(exp / "conf.yml")["init_from"] == start
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_folders_are_where_the_user_is(there, run_folder, tmp_path):
+    if there:
+        (tmp_path / "voices").mkdir()
+    exp = run_folder("own")
+    command = [sys.executable, ROOT / "local" / "configure.py", "own", exp.name]
+    subprocess.run([*command, "--speech", "voices"], check=True, cwd=tmp_path,
+                   env={"PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
+    assert read_conf(exp / "conf.yml")["speech"] == str(tmp_path / "voices")

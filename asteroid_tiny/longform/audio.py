@@ -21,6 +21,7 @@ from ..files import reason, whole_file
 
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
 FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
+SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 #: Endings that a folder is searched for, beside those of soundfile: what ffmpeg often reads.
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
@@ -207,8 +208,21 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
     return gain
 
 
+def check_formats(targets):
+    """Raises a `UserError` if there are no files to write, or one is not of `FORMATS`."""
+    if not targets:
+        raise UserError("there are no files to write to")
+    for target in targets:
+        if _format(target) not in FORMATS:
+            raise UserError(f"{target} cannot be written: its suffix must be one of {SUFFIXES}")
+
+
+def _format(target):
+    return target.suffix.lstrip(".").lower()
+
+
 def _create(part, target, sample_rate):
-    name = target.suffix.lstrip(".").lower()
+    name = _format(target)
     try:
         return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=name.upper())
     except soundfile.LibsndfileError as error:

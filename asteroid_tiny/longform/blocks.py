@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..files import reason
-from .audio import fit, open_recording, resample, scratch, write_tracks
+from .audio import check_formats, fit, open_recording, resample, scratch, write_tracks
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
@@ -81,13 +81,19 @@ def separate_long(model, mixture, **options):
     Returns:
         numpy.ndarray: (n_src, time) float32.
 
+    Raises:
+        UserError: As there; also if the recording is empty, or of several channels.
+
     Examples:
         >>> from asteroid_tiny import TinySepformer
         >>> model = TinySepformer.from_preset("tiny-sepformer-xs").eval()
         >>> separate_long(model, np.random.randn(20000), block=1.0, overlap=0.3).shape
         (2, 20000)
     """
-    parts = list(separate_stream(model, [np.asarray(mixture, np.float32)], **options))
+    mixture = np.asarray(mixture, np.float32)
+    if mixture.ndim != 1:
+        raise UserError(f"the recording has the shape {mixture.shape}; it should be (time,)")
+    parts = list(separate_stream(model, [mixture], **options))
     if not parts:
         raise UserError("there is nothing to separate: the recording holds no samples")
     return np.concatenate(parts, axis=1)
@@ -204,7 +210,8 @@ def separate_file(
     Args:
         model (callable): See `separate_stream`.
         path (str or Path): The recording; its channels are averaged.
-        targets (list of Path): Files to write, one a speaker, replaced if they are there.
+        targets (list of str or Path): Files to write, one a speaker, replaced if they are there;
+            their suffixes say the format, see `audio.FORMATS`.
         peak (float, optional): See `audio.write_tracks`.
         progress (callable, optional): Told the seconds that were just done, and the length in
             seconds or None.
@@ -218,8 +225,9 @@ def separate_file(
     Raises:
         UserError: If the recording cannot be read, or the files cannot be written.
     """
-    rate = model.sample_rate
-    with open_recording(path) as recording, scratch(Path(targets[0]).parent) as store:
+    rate, targets = model.sample_rate, [Path(target) for target in targets]
+    check_formats(targets)
+    with open_recording(path) as recording, scratch(targets[0].parent) as store:
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
         options = {**options, "mixture_consistency": mixture_consistency}
