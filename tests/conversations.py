@@ -15,7 +15,7 @@ import torch
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.data.mixing import draw_list, render, same_colour
-from asteroid_tiny.longform import separate_long
+from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
 
 RATE = 8000
@@ -109,10 +109,20 @@ def wrong_share(sources, tracks, seconds=0.25):
 
 def ours(sources, block, memory=True):
     """Tracks by `separate_long` with half overlapping blocks."""
+    options = dict(block=block, overlap=block / 2, memory=memory)
+    return separate_long(_oracle(sources, block), sources.sum(0), **options)
+
+
+def streamed(sources, block):
+    """Tracks by `separate_stream`, which knows nothing of later blocks."""
+    options = dict(block=block, overlap=block / 2)
+    parts = separate_stream(_oracle(sources, block), [sources.sum(0)], **options)
+    return np.concatenate(list(parts), axis=1)
+
+
+def _oracle(sources, block):
     size, hop = round(block * RATE), round(block * RATE / 2)
-    starts = [start for start, _ in cut([sources[0]], size, hop)]
-    oracle = Oracle(sources, starts)
-    return separate_long(oracle, sources.sum(0), block=block, overlap=block / 2, memory=memory)
+    return Oracle(sources, [start for start, _ in cut([sources[0]], size, hop)])
 
 
 def peer(sources, block):
@@ -157,7 +167,7 @@ def with_model(name, folder, n_conversations=6, seconds=90):
     model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE)
     rng, speakers = np.random.default_rng(0), list(speech.by_speaker)
     print(f"one speaker alone: {alone(model, speech):.1f} dB softer in the other file")
-    print("block   peer  without memory  with memory  best order")
+    print("block   peer  without voices  as a stream  as a whole  best order")
     for block in (4, 8):
         shares = []
         for seed in range(n_conversations):
@@ -170,6 +180,7 @@ def with_model(name, folder, n_conversations=6, seconds=90):
             tracks = [
                 added[0].numpy(),
                 separate_long(model, mixture, block=block, overlap=half, memory=False),
+                np.concatenate(list(separate_stream(model, [mixture], block, half)), axis=1),
                 separate_long(model, mixture, block=block, overlap=half),
                 best_order(model, sources, block),
             ]
@@ -179,7 +190,7 @@ def with_model(name, folder, n_conversations=6, seconds=90):
 
 
 def main(n_conversations=12, seconds=180):
-    print("speakers  block  spectra   peer  without memory  with memory")
+    print("speakers  block  spectra   peer  without voices  as a stream  as a whole")
     rows = [(2, 4, False), (2, 4, True), (2, 8, False), (3, 4, False), (3, 8, False)]
     for n_src, block, alike in rows:
         shares = []
@@ -191,7 +202,12 @@ def main(n_conversations=12, seconds=180):
                 if alike:  # as if by one microphone
                     rng = np.random.default_rng(seed)
                     sources = same_colour(torch.from_numpy(sources), rng, spread=0).numpy()
-                tracks = peer(sources, block), ours(sources, block, False), ours(sources, block)
+                tracks = [
+                    peer(sources, block),
+                    ours(sources, block, memory=False),
+                    streamed(sources, block),
+                    ours(sources, block),
+                ]
                 shares.append([wrong_share(sources, x) for x in tracks])
         means = "  ".join(f"{100 * share:9.1f} %" for share in np.mean(shares, axis=0))
         print(f"{n_src:8}  {block:3} s  {'alike' if alike else 'own':7} {means}", flush=True)

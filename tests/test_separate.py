@@ -10,8 +10,9 @@ import soundfile as sf
 import torch
 from small import n_parameters, small
 
-from asteroid_tiny import UserError, cli
+from asteroid_tiny import UserError, cli, example_mixture
 from asteroid_tiny.data.kaldi import decode
+from asteroid_tiny.longform.folder import FAINT
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,18 @@ def test_globs_formats_rates_and_channels(separate, tmp_path, talks):
     assert "the mean of its 2 channels was separated" in text and "2 separated" in text
     info = sf.info(tmp_path / "out" / "music_est2.ogg")
     assert (info.samplerate, info.channels, info.frames) == (22050, 1, 22050 * 3)
+
+
+def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
+    voice = next(iter(clips.values()))
+    sf.write(tmp_path / "one.wav", voice, 8000)
+    shutil.copy(example_mixture(), tmp_path / "two.flac")
+    for name in ("one.wav", "two.flac"):
+        cli.main(["separate", str(tmp_path / name), "--device", "cpu", "-o", str(tmp_path)])
+    one, two = capsys.readouterr().out.split("two.flac", maxsplit=1)
+    assert "dB softer and may be nobody" in one and "nobody" not in two
+    power = [np.square(sf.read(tmp_path / f"one_est{k}.wav")[0]).sum() for k in (1, 2)]
+    assert abs(10 * np.log10(power[0] / power[1])) > FAINT
 
 
 @pytest.mark.parametrize(

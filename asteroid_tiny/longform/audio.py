@@ -25,6 +25,7 @@ SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 #: Endings that a folder is searched for, beside those of soundfile: what ffmpeg often reads.
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
+SILENCE = 1e-9  # energy; less is not told apart
 AU_HEADER = 24  # bytes
 
 
@@ -183,12 +184,15 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
             by default the gain is 1, or what avoids clipping.
 
     Returns:
-        float: The gain.
+        tuple: The gain, and how many dB each file is below the loudest (list of float).
 
     Raises:
         UserError: If a file cannot be written.
     """
-    highest = max((float(np.abs(piece).max(initial=0)) for piece in make_pieces()), default=0.0)
+    highest, energy = 0.0, np.zeros(len(targets))
+    for piece in make_pieces():
+        highest = max(highest, float(np.abs(piece).max(initial=0)))
+        energy += np.square(piece, dtype=float).sum(0)
     gain = min(1.0, FULL_SCALE / max(highest, 1e-9))
     if peak is not None and highest > 0:
         gain = min(10 ** (peak / 20), FULL_SCALE) / highest
@@ -205,7 +209,7 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
                     raise UserError(f"{target} could not be written: {error}") from None
         for file in files:
             file.close()  # before the first of them takes its place
-    return gain
+    return gain, (10 * np.log10((energy.max() + SILENCE) / (energy + SILENCE))).tolist()
 
 
 def check_formats(targets):

@@ -2,9 +2,11 @@
 
 Blocks overlap. Every sample is the mean of what the blocks around it say, weighted by a Hann window
 over each block and divided by the sum of the windows, so that any hop gives the right level. Which
-output of a block is which speaker is up to `tracking`.
+output of a block is which speaker is up to `tracking`: of a stream it is decided at once, of a
+recording once all its blocks are separated, which is more often right.
 """
 
+import io
 import itertools
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def separate_stream(
     mixture_consistency=True,
     memory=True,
 ):
-    """Separates a recording that comes and goes in pieces.
+    """Separates a recording that comes and goes in pieces, and gives out what it can at once.
 
     Args:
         model (callable): (batch, time) -> (batch, n_src, time), with a `sample_rate`; on its
@@ -40,7 +42,7 @@ def separate_stream(
         batch_size (int): Blocks that the model gets at a time.
         mixture_consistency (bool): Whether the outputs are brought to sum to the recording, see
             `make_consistent`.
-        memory (bool): Whether voices are remembered, see `SpeakerTracker`.
+        memory (bool): Whether voices count in who is who, see `SpeakerTracker`.
 
     Yields:
         numpy.ndarray: (n_src, time) float32, in all as many samples as the recording. A recording
@@ -49,32 +51,24 @@ def separate_stream(
     Raises:
         UserError: If samples are not finite, or the overlap does not fit the block.
     """
-    size = round(block * model.sample_rate)
-    hop = size - round(overlap * model.sample_rate)
-    if not 0 < hop <= size:
-        raise UserError(
-            f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
-            f"longer than {max(overlap, 0):g} s"
-        )
-    tracker, joined = None, None
-    for start, mixture, estimates in _separate_blocks(model, cut(pieces, size, hop), batch_size):
-        if mixture_consistency:
-            estimates = make_consistent(estimates, mixture)
+    tracker = joined = None
+    for start, estimates in _separate_blocks(
+        model, pieces, block, overlap, batch_size, mixture_consistency
+    ):
         if tracker is None:
             tracker = SpeakerTracker(len(estimates), model.sample_rate, memory)
             joined = _Join(len(estimates))
         yield joined.take(until=start)
-        order = tracker.order(estimates, joined.so_far())
-        joined.add(estimates[order])
+        joined.add(estimates[tracker.order(estimates, start)])
     if joined is not None:
         yield joined.take()
 
 
 def separate_long(model, mixture, **options):
-    """Separates a recording that is in memory; see `separate_stream`.
+    """Separates a recording that is in memory.
 
     Args:
-        model (callable): See there.
+        model (callable): See `separate_stream`.
         mixture (numpy.ndarray): (time,)
         **options: See there.
 
@@ -93,10 +87,12 @@ def separate_long(model, mixture, **options):
     mixture = np.asarray(mixture, np.float32)
     if mixture.ndim != 1:
         raise UserError(f"the recording has the shape {mixture.shape}; it should be (time,)")
-    parts = list(separate_stream(model, [mixture], **options))
-    if not parts:
+    whole = _Whole(io.BytesIO(), "the estimates")
+    for _ in whole.separate(model, [mixture], **options):
+        pass
+    if whole.n_src is None:
         raise UserError("there is nothing to separate: the recording holds no samples")
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(list(whole.tracks()), axis=1)
 
 
 def cut(pieces, size, hop):
@@ -153,10 +149,19 @@ def make_consistent(estimates, mixture):
     return gain * estimates + (mixture - gain * total) / len(estimates)
 
 
-def _separate_blocks(model, blocks, batch_size):
-    """Yields (start, mixture, estimates) of all blocks."""
+def _separate_blocks(
+    model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True
+):
+    """Yields the start and the estimates of all blocks; see `separate_stream`."""
+    size = round(block * model.sample_rate)
+    hop = size - round(overlap * model.sample_rate)
+    if not 0 < hop <= size:
+        raise UserError(
+            f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
+            f"longer than {max(overlap, 0):g} s"
+        )
     device = next(iter(getattr(model, "parameters", list)()), torch.empty(0)).device
-    for batch in _batches(blocks, batch_size):
+    for batch in _batches(cut(pieces, size, hop), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
             raise UserError("the recording holds samples that are NaN or infinite")
@@ -164,8 +169,8 @@ def _separate_blocks(model, blocks, batch_size):
             estimates = model(torch.from_numpy(mixtures).to(device)).float().cpu().numpy()
         if not np.isfinite(estimates).all():
             raise UserError("the model gives samples that are NaN or infinite")
-        for (start, mixture), estimate in zip(batch, estimates):
-            yield start, mixture, estimate
+        for (start, mixture), found in zip(batch, estimates):
+            yield start, make_consistent(found, mixture) if mixture_consistency else found
 
 
 def _batches(items, size):
@@ -182,10 +187,6 @@ class _Join:
         self.weight = np.zeros(0, np.float32)
         self.start = 0
 
-    def so_far(self):
-        """What the next block, which begins where this does, overlaps with, or None."""
-        return self.total / self.weight if len(self.weight) else None
-
     def add(self, block):
         """Adds a block that begins where this does, and is at least as long."""
         n = block.shape[1]
@@ -200,6 +201,47 @@ class _Join:
         done = self.total[:, :n] / self.weight[:n]
         self.total, self.weight, self.start = self.total[:, n:], self.weight[n:], self.start + n
         return done
+
+
+class _Whole:
+    """A recording that is separated as a whole: all its blocks, until they can be put in order.
+
+    Args:
+        store (file): Takes the estimates, which are too many for the memory.
+        name (str or Path): What could not be written, if the disk is full.
+    """
+
+    def __init__(self, store, name):
+        self.store, self.name = store, name
+        self.n_src = None
+        self.tracker = None
+        self.places = []  # start and samples of each block
+
+    def separate(self, model, pieces, memory=True, **options):
+        """Separates all blocks; yields the number of samples that are done (int)."""
+        for start, estimates in _separate_blocks(model, pieces, **options):
+            if self.n_src is None:
+                self.n_src = len(estimates)
+                self.tracker = SpeakerTracker(self.n_src, model.sample_rate, memory)
+            self.tracker.order(estimates, start)
+            self.places.append((start, estimates.shape[1]))
+            try:
+                self.store.write(estimates.astype(np.float32).tobytes())
+                self.store.flush()
+            except OSError as error:
+                raise UserError(f"{self.name} could not be written: {reason(error)}") from None
+            yield start + estimates.shape[1]
+        self.orders = [] if self.tracker is None else self.tracker.reorder()
+
+    def tracks(self):
+        """Yields the tracks of the speakers piece by piece, (n_src, time)."""
+        self.store.seek(0)
+        joined = _Join(self.n_src)
+        for (start, n_samples), order in zip(self.places, self.orders):
+            block = np.frombuffer(self.store.read(4 * self.n_src * n_samples), np.float32)
+            yield joined.take(until=start)
+            joined.add(block.reshape(self.n_src, n_samples)[order])
+        yield joined.take()
 
 
 def separate_file(
@@ -220,7 +262,8 @@ def separate_file(
         **options: See `separate_stream`.
 
     Returns:
-        dict: `seconds`, `n_channels`, `sample_rate` of the recording; `gain` of what was written.
+        dict: `seconds`, `n_channels`, `sample_rate` of the recording; `gain` and `levels` of what
+        was written, see `audio.write_tracks`.
 
     Raises:
         UserError: If the recording cannot be read, or the files cannot be written.
@@ -230,18 +273,19 @@ def separate_file(
     with open_recording(path) as recording, scratch(targets[0].parent) as store:
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
+        whole, done = _Whole(store, targets[0]), 0
         options = {**options, "mixture_consistency": mixture_consistency}
-        for estimates in separate_stream(model, pieces, **options):
-            if len(estimates) != len(targets):
-                raise UserError(f"the model gives {len(estimates)} sources, not {len(targets)}")
-            _put(store, estimates.T, targets[0])
+        for n_samples in whole.separate(model, pieces, **options):
+            if whole.n_src != len(targets):
+                raise UserError(f"the model gives {whole.n_src} sources, not {len(targets)}")
             if progress is not None:
-                progress(estimates.shape[1] / rate, total)
+                progress((n_samples - done) / rate, total)
+            done = n_samples
         if recording.n_read == 0:
             raise UserError(f"{path} holds no samples")
 
         def tracks():
-            stored = resample(_get(store, len(targets)), rate, recording.sample_rate)
+            stored = resample((x.T for x in whole.tracks()), rate, recording.sample_rate)
             stored = fit(stored, recording.n_read)
             if not mixture_consistency or recording.sample_rate <= rate:
                 yield from stored
@@ -249,20 +293,11 @@ def separate_file(
             with open_recording(path) as again:
                 yield from share_rest(stored, again.pieces(), recording.sample_rate)
 
-        gain = write_tracks(targets, tracks, recording.sample_rate, peak)
-    seconds = recording.n_read / recording.sample_rate
-    about = {"n_channels": recording.n_channels, "sample_rate": recording.sample_rate}
-    return {"seconds": seconds, "gain": gain, **about}
-
-
-def _put(store, samples, target):
-    try:
-        store.write(samples.astype(np.float32).tobytes())
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {reason(error)}") from None
-
-
-def _get(store, n_tracks, n_samples=1 << 16):
-    store.seek(0)
-    while data := store.read(4 * n_tracks * n_samples):
-        yield np.frombuffer(data, np.float32).reshape(-1, n_tracks)
+        gain, levels = write_tracks(targets, tracks, recording.sample_rate, peak)
+    return {
+        "seconds": recording.n_read / recording.sample_rate,
+        "n_channels": recording.n_channels,
+        "sample_rate": recording.sample_rate,
+        "gain": gain,
+        "levels": levels,
+    }

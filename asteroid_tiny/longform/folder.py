@@ -16,6 +16,8 @@ from ..inspection import DEFAULT, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
 from .blocks import BLOCK, separate_file
 
+FAINT = 25.0  # dB below the loudest file, of one that may hold nobody
+
 
 def separate_all(
     files,
@@ -178,6 +180,9 @@ def notes_on(done):
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
     if done["gain"] != 1:
         notes.append(f"gain {done['gain']:.3g}")
+    for k, level in enumerate(done["levels"], start=1):
+        if level > FAINT:
+            notes.append(f"speaker {k} is {level:.0f} dB softer and may be nobody")
     return f" ({'; '.join(notes)})" if notes else ""
 
 
