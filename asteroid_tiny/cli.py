@@ -326,14 +326,15 @@ def infer(argv):
 
     from asteroid.scripts import asteroid_cli
 
-    theirs = asteroid_cli.BaseModel
+    theirs, words = asteroid_cli.BaseModel, sys.argv
     asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)  # all else is left to it
+    sys.argv = ["asteroid-tiny infer"]  # which its help and its errors begin with
     try:
         asteroid_cli.infer(argv)
     except (RuntimeError, OSError) as error:  # of audio files
         raise UserError(" ".join(str(error).split())) from None
     finally:
-        asteroid_cli.BaseModel = theirs
+        asteroid_cli.BaseModel, sys.argv = theirs, words
 
 
 def _load_any(pretrained_model_conf_or_path):

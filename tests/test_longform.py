@@ -208,6 +208,15 @@ def test_files_come_back_at_their_rate_length_and_place(tmp_path, rate, suffix):
     assert sorted(p.name for p in targets[0].parent.iterdir()) == [p.name for p in targets]
 
 
+@pytest.mark.parametrize("rate", [6000, 8000, 16000])
+def test_files_sum_to_the_recording_up_to_half_its_rate(tmp_path, rate):
+    samples = np.random.default_rng(0).normal(0, 0.05, 3 * rate)  # as loud at any frequency
+    path = write(tmp_path / "in.wav", samples, rate)
+    targets = [tmp_path / "1.wav", tmp_path / "2.wav"]
+    separate_file(Shares(0.75, 0.25), path, targets, block=2.0, overlap=1.0)
+    np.testing.assert_allclose(read_tracks(targets)[0].sum(0), sf.read(path)[0], atol=1e-4)
+
+
 def test_targets_may_be_strings_of_a_format_that_there_is(talk, tmp_path, refused):
     path = write(tmp_path / "in.wav", talk[:8000], RATE)
     targets = [str(tmp_path / "out" / f"{k}.flac") for k in (1, 2)]

@@ -205,7 +205,7 @@ def test_help_names_every_command_and_option(capsys):
     for argv, words in [
         (["--help"], ["publish", "infer"]),
         (["publish", "--help"], ["--data_licence", "--push", "--zoo"]),
-        (["infer", "--help"], ["--ola-window", "--resample"]),
+        (["infer", "--help"], ["usage: asteroid-tiny infer", "--ola-window", "--resample"]),
     ]:
         with pytest.raises(SystemExit) as left:
             cli.main(argv)

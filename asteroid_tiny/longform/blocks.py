@@ -287,7 +287,7 @@ def separate_file(
         def tracks():
             stored = resample((x.T for x in whole.tracks()), rate, recording.sample_rate)
             stored = fit(stored, recording.n_read)
-            if not mixture_consistency or recording.sample_rate <= rate:
+            if not mixture_consistency or recording.sample_rate == rate:
                 yield from stored
                 return
             with open_recording(path) as again:

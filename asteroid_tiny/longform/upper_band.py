@@ -3,7 +3,8 @@
 A model for 8000 Hz hears nothing above 4000 Hz, where a recording of a higher rate has much of its
 clarity. What the estimates leave of the recording is shared out sample by sample, in proportion to
 the power that they have in the upper part of their own band around it: whoever makes an "s" there
-makes it above, too. The tracks then sum to the recording.
+makes it above, too. The tracks then sum to the recording, also to one of a lower rate than the
+model's, of which the conversion takes a little off the top.
 """
 
 import itertools
