@@ -249,6 +249,8 @@ class OnnxSeparator(torch.nn.Module):
 
     def forward(self, mixture):
         mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu")
+        if mixture.ndim > 2 and mixture.shape[-2] != 1:
+            raise UserError(f"a mixture has one channel, not {mixture.shape[-2]}")
         batch = mixture.reshape(-1, mixture.shape[-1])
         padded = torch.nn.functional.pad(batch, (0, max(0, self.shortest - batch.shape[-1])))
         rows = [self.session.run(None, {"mixture": row[None].numpy()})[0] for row in padded]

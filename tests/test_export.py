@@ -43,7 +43,7 @@ def test_estimates_are_those_of_the_model_at_any_length(exported, length):
     torch.testing.assert_close(estimates, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_a_file_separates_as_models_do(exported, speech):
+def test_a_file_separates_as_models_do(exported, speech, refused):
     model, path, outcome = exported
     assert outcome["largest_error"] < 1e-3 and outcome["bytes"] == path.stat().st_size
     separator = OnnxSeparator(path, n_threads=1)
@@ -51,7 +51,9 @@ def test_a_file_separates_as_models_do(exported, speech):
     torch.testing.assert_close(
         separator.separate(batch[:, None]), model.separate(batch[:, None]), rtol=1e-3, atol=1e-4
     )
-    assert separator(batch).shape == (2, 2, 20000)
+    assert separator(batch).shape == separator(batch[:, None]).shape == (2, 2, 20000)
+    with refused("one channel, not 2"):
+        separator(batch[None])
 
 
 def test_a_file_says_what_it_is(exported):
