@@ -2,7 +2,7 @@
 
 `python tests/conversations.py` prints the table of the README (minutes);
 `python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, and how
-far one speaker alone is kept out of the other file.
+far one speaker alone is kept out of the others' files.
 """
 
 import itertools
@@ -161,20 +161,22 @@ def alone(model, speech, n_recordings=60, seconds=4):
 
 
 def with_model(name, folder, n_conversations=6, seconds=90):
-    """The same with a true model and two speakers of a Kaldi data dir."""
+    """The same with a true model and speakers of a Kaldi data dir."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
     model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE)
     rng, speakers = np.random.default_rng(0), list(speech.by_speaker)
-    print(f"one speaker alone: {alone(model, speech):.1f} dB softer in the other file")
+    print(f"one speaker alone: {alone(model, speech):.1f} dB softer in the other files")
     print("block   peer  without voices  as a stream  as a whole  best order")
     for block in (4, 8):
         shares = []
         for seed in range(n_conversations):
-            sources = conversation(speech, list(rng.permutation(speakers)[:2]), seconds, seed)
+            sources = conversation(
+                speech, list(rng.permutation(speakers)[: model.n_src]), seconds, seed
+            )
             mixture, half = sources.sum(0), block / 2
             with torch.inference_mode():
-                added = LambdaOverlapAdd(model, 2, block * RATE)(
+                added = LambdaOverlapAdd(model, model.n_src, block * RATE)(
                     torch.from_numpy(mixture)[None, None]
                 )
             tracks = [

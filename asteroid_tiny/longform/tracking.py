@@ -26,7 +26,7 @@ MEL_BANDS, CEPSTRA = 24, 16
 WITHIN, BETWEEN = 2.5, 5.0  # variances of the first coefficient
 FADING = 1.25  # exponent with which both fall
 OVERLAP_WEIGHT = 10.0  # log-likelihood of a second of full agreement
-NEW_SPEAKER = 10.0  # log-likelihood that must be gained by one speaker more
+NEW_SPEAKER = 10.0  # log-likelihood that one speaker more must gain, once all is known
 SHORTEST = 0.3  # s of speech below which an output says nothing of a voice
 RANGE = 35.0  # dB below the loudest frame in which speech is looked for
 DOMINANCE = 6.0  # dB by which the loudest output must exceed the others to be heard
@@ -149,10 +149,10 @@ class SpeakerTracker:
         starts = np.arange(1, n_blocks)
         ends = np.minimum(starts + length, n_blocks)
         inside, totals = [x[ends] - x[starts] for x in sums], [x[-1] for x in sums]
-        gains = links[0][starts] + links[1][ends] - _evidence(*totals).sum()
+        gains = links[0][starts] + links[1][ends] - _evidence(*totals, NEW_SPEAKER).sum()
         for k, permutation in enumerate(self.permutations[1:]):
             changed = [t - x + x[:, permutation] for t, x in zip(totals, inside)]
-            gains[:, k] += _evidence(*changed).sum(-1)
+            gains[:, k] += _evidence(*changed, NEW_SPEAKER).sum(-1)
         row, k = np.unravel_index(gains.argmax(), gains.shape)
         return gains[row, k], starts[row], ends[row], self.permutations[1 + k]
 
@@ -217,17 +217,18 @@ class SpeakerTracker:
         return (products * speech[:n]).sum(-1) * self.seconds_a_frame
 
 
-def _evidence(precisions, voices):
+def _evidence(precisions, voices, cost=0.0):
     """Log-likelihood that voices are of one speaker, but for what is the same in any order.
 
     Args:
         precisions (numpy.ndarray): Sum of the precisions, of any shape.
         voices (numpy.ndarray): Sum of the voices times precisions, about their mean, with one
             dimension more.
+        cost (float): What is taken off where there are voices.
     """
     prior = 1 / BETWEEN
     fit = (voices**2).sum(-1) / (precisions + prior) - CEPSTRA * np.log1p(precisions / prior)
-    return fit / 2 - NEW_SPEAKER * (precisions > 1e-9)
+    return fit / 2 - cost * (precisions > 1e-9)
 
 
 def _sums_before(x):
