@@ -26,7 +26,8 @@ MEL_BANDS, CEPSTRA = 24, 16
 WITHIN, BETWEEN = 2.5, 5.0  # variances of the first coefficient
 FADING = 1.25  # exponent with which both fall
 OVERLAP_WEIGHT = 10.0  # log-likelihood of a second of full agreement
-NEW_SPEAKER = 10.0  # log-likelihood that one speaker more must gain, once all is known
+NEW_SPEAKER = 10.0  # log-likelihood that one speaker more must gain, once all is known,
+AT_ONCE = 1.0  # and when only what came before is
 SHORTEST = 0.3  # s of speech below which an output says nothing of a voice
 RANGE = 35.0  # dB below the loudest frame in which speech is looked for
 DOMINANCE = 6.0  # dB by which the loudest output must exceed the others to be heard
@@ -162,8 +163,9 @@ class SpeakerTracker:
         mean = (self.voices.sum(0) + block.voices.sum(0)) / max(total, 1e-9)
         so_far = self.voices - self.precisions[:, None] * mean
         new = block.voices - block.precisions[:, None] * mean
-        together = _evidence(self.precisions[:, None] + block.precisions, so_far[:, None] + new)
-        return together - _evidence(self.precisions, so_far)[:, None]
+        together = self.precisions[:, None] + block.precisions, so_far[:, None] + new
+        before = _evidence(self.precisions, so_far, AT_ONCE)[:, None]
+        return _evidence(*together, AT_ONCE) - before
 
     def _listen(self, estimates, start):
         """What is to be kept of a block (Block)."""
@@ -217,7 +219,7 @@ class SpeakerTracker:
         return (products * speech[:n]).sum(-1) * self.seconds_a_frame
 
 
-def _evidence(precisions, voices, cost=0.0):
+def _evidence(precisions, voices, cost):
     """Log-likelihood that voices are of one speaker, but for what is the same in any order.
 
     Args:
