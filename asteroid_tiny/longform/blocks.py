@@ -213,17 +213,16 @@ class _Whole:
 
     def __init__(self, store, name):
         self.store, self.name = store, name
-        self.n_src = None
-        self.tracker = None
-        self.places = []  # start and samples of each block
+        self.n_src = None  # until the first block
+        self.places, self.orders = [], []  # start and samples of each block; order of its outputs
 
     def separate(self, model, pieces, memory=True, **options):
         """Separates all blocks; yields the number of samples that are done (int)."""
         for start, estimates in _separate_blocks(model, pieces, **options):
             if self.n_src is None:
                 self.n_src = len(estimates)
-                self.tracker = SpeakerTracker(self.n_src, model.sample_rate, memory)
-            self.tracker.order(estimates, start)
+                tracker = SpeakerTracker(self.n_src, model.sample_rate, memory)
+            tracker.order(estimates, start)
             self.places.append((start, estimates.shape[1]))
             try:
                 self.store.write(estimates.astype(np.float32).tobytes())
@@ -231,7 +230,8 @@ class _Whole:
             except OSError as error:
                 raise UserError(f"{self.name} could not be written: {reason(error)}") from None
             yield start + estimates.shape[1]
-        self.orders = [] if self.tracker is None else self.tracker.reorder()
+        if self.n_src is not None:
+            self.orders = tracker.reorder()
 
     def tracks(self):
         """Yields the tracks of the speakers piece by piece, (n_src, time)."""
