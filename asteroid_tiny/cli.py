@@ -138,6 +138,10 @@ def _evaluate_options(parser):
     add("--speakers", default="*", metavar="PATTERN", help="only speakers such as 'so*'")
     add("--seed", type=int, default=202, help="of the mixtures (%(default)s)")
     add("--segment", type=float, default=4.0, metavar="SECONDS", help="length (%(default)s)")
+    add("--n_speakers", type=int, metavar="N", help="in a mixture: as many as the model separates, "
+        "or fewer, and the level of the estimates that are nobody's is told")  # fmt: skip
+    add("--overlap", type=float, default=1.0, metavar="RATIO", help="how much of a mixture two "
+        "speakers share: 0 if they take turns, 1 if all talk all along (%(default)s)")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
 
 
@@ -154,11 +158,23 @@ def evaluate(options):
         raise UserError(
             "--n_mixtures must be at least 1, --seed at least 0, --segment 0.01 to 3600 seconds"
         )
+    if not 0 <= options.overlap <= 1:
+        raise UserError(f"--overlap must be from 0 to 1, not {options.overlap:g}")
     model, _ = open_model(options.model)
+    n_speakers = model.n_src if options.n_speakers is None else options.n_speakers
+    if not 1 <= n_speakers <= model.n_src:
+        raise UserError(f"--n_speakers must be from 1 to {model.n_src} for this model")
     rate = round(model.sample_rate)
     speech = SpeechDir(options.speech, rate, convert=True).of(options.speakers)
     length = round(options.segment * rate)
-    mixtures = draw_list(speech, options.n_mixtures, model.n_src, length, options.seed)
+    mixtures = draw_list(
+        speech,
+        options.n_mixtures,
+        n_speakers,
+        length,
+        options.seed,
+        overlap_ratio=options.overlap,
+    )
     write_list(options.out / "list.csv", mixtures, rate)
     results = options.out / "results"
     summary = evaluate(

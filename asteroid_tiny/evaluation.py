@@ -6,6 +6,7 @@ BSS-eval takes most.
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from .errors import UserError
 from .files import reason, whole_file, whole_folder
-from .summary import METRICS, summarise
+from .summary import METRICS, SPARE, main_metric, summarise
 
 SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
 N_RANDOM = 2  # examples beside the worst, the median and the best mixture
@@ -41,8 +42,9 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
     Args:
         model (torch.nn.Module): (batch, time) -> (batch, n_src, time), with a `sample_rate`.
         dataset: Map-style, with a `sample_rate`; `dataset[i]` is (mixture, sources), shaped
-            (time,) and (n_src, time); `dataset.describe(i)` is a dict with `mixture_id`,
-            `speakers`, `genders` ("m", "f" or "unknown") and `productions` (str or None).
+            (time,) and (n_src, time), of which there may be fewer than the model's;
+            `dataset.describe(i)` is a dict with `mixture_id`, `speakers`, `genders` ("m", "f" or
+            "unknown") and `productions` (str or None).
         out_dir (str or Path): Old results there stay until the new ones are complete.
         device (str): Where the model runs.
         n_workers (int, optional): Processes for the metrics: as many as usable cores by default,
@@ -74,7 +76,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         table = _measure_all(model, dataset, device, n_workers)
         examples = {
             f"{rank}_{table.mixture_id[i]}": separate(model, dataset, i, device)
-            for rank, i in _ranks(table.si_sdr_i, seed)
+            for rank, i in _ranks(table, seed)
         }
     finally:
         model.train(was_training)
@@ -99,28 +101,37 @@ def separate(model, dataset, index, device="cpu"):
         index (int): Of the mixture in the dataset.
 
     Returns:
-        tuple of numpy.ndarray: Mixture (time,), sources and estimates (n_src, time). The order is
-        that with the best mean SI-SDR.
+        tuple of numpy.ndarray: Mixture (time,), sources (n_src, time) and estimates, in the order
+        with the best mean SI-SDR; those that no source is left for come last.
 
     Raises:
-        UserError: If the estimates are not finite, or not shaped like the sources.
+        UserError: If the estimates are not finite, fewer than the sources, or of another length.
     """
-    from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
-
     mixture, sources = dataset[index]
     name = dataset.describe(index)["mixture_id"]
     with torch.inference_mode():
         estimates = model(mixture[None].to(device)).float().cpu()
-    if estimates.shape[1:] != sources.shape:
+    if estimates.shape[1] < len(sources) or estimates.shape[2:] != sources.shape[1:]:
         raise UserError(
             f"mixture {name} has {len(sources)} sources of {len(mixture)} samples, but the model "
             f"gives {tuple(estimates.shape[1:])}: take a test set with its number of speakers"
         )
     if not estimates.isfinite().all():
         raise UserError(f"the model gives NaN or infinite samples for mixture {name}")
-    best_order = PITLossWrapper(pairwise_neg_sisdr, pit_from="pw_mtx")
-    _, estimates = best_order(estimates, sources[None], return_est=True)
-    return mixture.numpy(), sources.numpy(), estimates[0].numpy()
+    return mixture.numpy(), sources.numpy(), _in_order(estimates[0], sources).numpy()
+
+
+def _in_order(estimates, sources):
+    """The estimates in the order of the sources, then those that are spare."""
+    from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
+
+    pit = PITLossWrapper(pairwise_neg_sisdr, pit_from="pw_mtx")
+    numbers, found = range(len(estimates)), []
+    for chosen in itertools.combinations(numbers, len(sources)):
+        loss, ordered = pit(estimates[None, chosen], sources[None], return_est=True)
+        spare = [k for k in numbers if k not in chosen]
+        found.append((float(loss), ordered[0], estimates[spare]))
+    return torch.cat(min(found, key=lambda them: them[0])[1:])
 
 
 def measure(mixture, sources, estimates, sample_rate):
@@ -128,14 +139,17 @@ def measure(mixture, sources, estimates, sample_rate):
 
     Args:
         mixture (numpy.ndarray): (time,)
-        sources, estimates (numpy.ndarray): (n_src, time), in the same order.
+        sources, estimates (numpy.ndarray): (n_src, time), in the same order; of the estimates
+            there may be more, which are spare.
         sample_rate (int): In Hz.
 
     Returns:
         dict: `input_<metric>` takes the mixture as the estimate, `<metric>_i` is the improvement;
         dB, but for STOI. NaN for what cannot be computed: everything if a source is silent, STOI
-        and BSS-eval of less than some 0.4 s and 0.2 s. A silent estimate has no BSS-eval, but
-        keeps SI-SDR's floor of -80 dB: it should not better a mean by its absence.
+        and BSS-eval of less than some 0.4 s and 0.2 s, of a single source all that tells of the
+        input. A silent estimate has no BSS-eval, but keeps SI-SDR's floor of -80 dB: it should not
+        better a mean by its absence. `spare_level` is that of the loudest spare estimate, if there
+        is one, re the loudest estimate, -100 dB at least.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -158,9 +172,21 @@ def measure(mixture, sources, estimates, sample_rate):
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", RuntimeWarning)  # STOI warns and returns 1e-5
                 with threadpool_limits(1, "blas"):  # more take twice the CPU time, and save none
-                    found |= get_metrics(mixture, sources, estimates, sample_rate, group)
+                    estimated = estimates[:n_src]
+                    found |= get_metrics(mixture, sources, estimated, sample_rate, group)
+        if n_src == 1:  # the mixture is its source: nothing to improve
+            found = {m: found[m] for m in found if not m.startswith("input_")}
         found |= {f"{m}_i": found[m] - found[f"input_{m}"] for m in found if f"input_{m}" in found}
-    return {m: x if math.isfinite(x := found.get(m, math.nan)) else math.nan for m in METRICS}
+    row = {m: x if math.isfinite(x := found.get(m, math.nan)) else math.nan for m in METRICS}
+    return row | _spare_level(estimates, n_src)
+
+
+def _spare_level(estimates, n_src):
+    powers = (estimates**2).sum(1)
+    if len(powers) == n_src:
+        return {}
+    share = powers[n_src:].max() / max(powers.max(), 1e-12)
+    return {SPARE: 10 * math.log10(max(share, 1e-10))}
 
 
 def _measure_all(model, dataset, device, n_workers):
@@ -235,9 +261,9 @@ def _n_usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _ranks(improvements, seed):
+def _ranks(table, seed):
     """The worst, the median and the best mixture of those that could be measured, and others."""
-    order = improvements.dropna().sort_values(kind="stable").index
+    order = table[main_metric(table)].dropna().sort_values(kind="stable").index
     if len(order):
         yield from (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1]))
         others = np.setdiff1d(order, order[[0, len(order) // 2, -1]])
@@ -249,8 +275,8 @@ def _write_example(folder, sample_rate, mixture, sources, estimates):
     """Writes wav files, all with the same gain: 1, or less where one of them would clip."""
     folder.mkdir()
     tracks = {"mixture": mixture}
-    for k, (source, estimate) in enumerate(zip(sources, estimates), start=1):
-        tracks |= {f"s{k}": source, f"estimate_{k}": estimate}
+    tracks |= {f"s{k}": source for k, source in enumerate(sources, start=1)}
+    tracks |= {f"estimate_{k}": estimate for k, estimate in enumerate(estimates, start=1)}
     gain = 1 / max(1, *(np.abs(track).max() for track in tracks.values()))
     for name, track in tracks.items():
         wav = io.BytesIO()  # written from here, a full disk is an OSError that says so

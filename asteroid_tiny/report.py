@@ -67,7 +67,7 @@ def write_report(results, title, credits="", curves=()):
         table = pd.read_csv(results / "metrics.csv")
     except (OSError, ValueError) as error:
         raise UserError(f"{results} holds no results to report: {error}") from None
-    measured = table[table.si_sdr_i.notna()]
+    measured = table[table.si_sdr_i.notna()]  # none of single speakers
     plots = [plot(measured) for plot in (_histogram, _against_input, _by_genders) if len(measured)]
     sections = [
         f"<h1>{html.escape(title)}</h1>",
@@ -186,13 +186,14 @@ def _example(folder, table):
     about = ""
     if len(rows):
         row = rows.iloc[0]
-        about = f": SI-SDR {row.input_si_sdr:.1f} → {row.si_sdr:.1f} dB, {row.speakers}"
+        before = "" if np.isnan(row.input_si_sdr) else f"{row.input_si_sdr:.1f} → "
+        about = f": SI-SDR {before}{row.si_sdr:.1f} dB, {row.speakers}"
     tracks = {path.stem: soundfile.read(path) for path in folder.glob("*.wav")}
     top = loudest(samples for samples, _ in tracks.values())
-    numbers = sorted(name.removeprefix("s") for name in tracks if re.fullmatch(r"s\d+", name))
     titles = {"mixture": "mixture"}
-    titles |= {f"s{k}": f"speaker {k}" for k in numbers}
-    titles |= {f"estimate_{k}": f"estimate {k}" for k in numbers}
+    for prefix, title in (("s", "speaker"), ("estimate_", "estimate")):
+        names = sorted(name for name in tracks if re.fullmatch(rf"{prefix}\d+", name))
+        titles |= {name: f"{title} {name.removeprefix(prefix)}" for name in names}
     figures = [_track(title, *tracks[key], top) for key, title in titles.items()]
     return (
         f"<h3>{html.escape(rank)}{html.escape(about)}</h3>\n"

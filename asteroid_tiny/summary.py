@@ -14,7 +14,9 @@ import pandas as pd
 METRICS = ("input_si_sdr", "si_sdr", "si_sdr_i", "input_sdr", "sdr", "sdr_i")
 METRICS += ("input_sir", "sir", "sir_i", "sar", "input_stoi", "stoi", "stoi_i")
 DRAWS, MIN_PAIRS = 2000, 3  # of the bootstrap
-UNITS = {2: "pair", 3: "triple"}  # what so many speakers are called, else a group
+SPARE = "spare_level"  # measured too, where the model gives more estimates than there are sources
+#: What the bootstrap draws, by the number of speakers in a mixture; of more they are groups.
+UNITS = {1: "speaker", 2: "speaker pair", 3: "speaker triple"}
 
 
 def summarise(table, sample_rate, seed=0):
@@ -30,7 +32,8 @@ def summarise(table, sample_rate, seed=0):
         "gender unknown" and "same production" that have mixtures; each counts `n_mixtures`,
         `n_speakers` and `n_speaker_pairs` (of three speakers: triples), and gives for each metric
         `mean`, `low`, `high` and `n_missing`. None stands for what cannot be given: a mean of
-        nothing, an interval over fewer than 3 speaker pairs.
+        nothing, an interval over fewer than 3 speaker pairs. `spare_level` is there if the table
+        has it.
     """
     genders = table.genders.str.split().map(set)
     unknown = genders.map(lambda them: "unknown" in them)
@@ -43,8 +46,8 @@ def summarise(table, sample_rate, seed=0):
     }
     groups = {name: _summarise(table[mask], seed) for name, mask in masks.items() if mask.any()}
     counts = {name: groups["all"][name] for name in ("n_mixtures", "n_speakers", "n_speaker_pairs")}
-    unit = UNITS.get(len(table.speakers.iloc[0].split()), "group")
-    bootstrap = {"unit": f"speaker {unit}", "level": 0.95, "draws": DRAWS, "seed": seed}
+    unit = UNITS.get(len(table.speakers.iloc[0].split()), "speaker group")
+    bootstrap = {"unit": unit, "level": 0.95, "draws": DRAWS, "seed": seed}
     return {**counts, "sample_rate": sample_rate, "bootstrap": bootstrap, "groups": groups}
 
 
@@ -53,7 +56,8 @@ def _summarise(table, seed):
     pairs = speakers.map(lambda names: " ".join(sorted(names)))
     summary = {"n_mixtures": len(table), "n_speakers": speakers.explode().nunique()}
     summary["n_speaker_pairs"] = pairs.nunique()
-    for metric, low, high in _intervals(table[list(METRICS)], pairs, seed):
+    measured = [metric for metric in (*METRICS, SPARE) if metric in table]
+    for metric, low, high in _intervals(table[measured], pairs, seed):
         n_missing = int(table[metric].isna().sum())
         mean = float(table[metric].mean()) if n_missing < len(table) else None
         summary[metric] = {"mean": mean, "low": low, "high": high, "n_missing": n_missing}
@@ -98,6 +102,15 @@ def mean_interval(values, speakers, seed=0):
     return float(table.value.mean()), low, high
 
 
+def main_metric(table):
+    """What mixtures are ranked by (str): SI-SDRi, or of single speakers, which have none, SI-SDR.
+
+    Args:
+        table (pandas.DataFrame): `metrics.csv` as read by pandas.
+    """
+    return "si_sdr_i" if table.si_sdr_i.notna().any() else "si_sdr"
+
+
 def format_table(summary):
     """The summary as a plain-text table of at most 100 columns.
 
@@ -111,28 +124,47 @@ def format_table(summary):
     for group in summary["groups"].values():
         low, high = (_cell(group, "si_sdr_i", 2, bound) for bound in ("low", "high"))
         interval = f"[too few {units}]" if low == "-" else f"[{low}, {high}]"
+        if group["si_sdr_i"]["mean"] is None:
+            interval = ""
         row = {"n": group["n_mixtures"], units: group["n_speaker_pairs"]}
         row["SI-SDR in"] = _cell(group, "input_si_sdr", 2)
         row["SI-SDRi [95 % interval]"] = f"{_cell(group, 'si_sdr_i', 2)} {interval}"
         row |= {m.upper().replace("_I", "i"): _cell(group, m, 1) for m in ("sdr_i", "sir", "sar")}
         row["STOI in -> out"] = f"{_cell(group, 'input_stoi', 2)} -> {_cell(group, 'stoi', 2)}"
         rows.append(row)
-    notes = (
-        "All in dB but STOI. Intervals: percentile bootstrap over the "
-        f"{summary['n_speaker_pairs']} speaker {units} (made of {summary['n_speakers']} speakers), "
-        f"drawn {summary['bootstrap']['draws']} times; {units} share speakers, so new speakers may "
-        "differ by more."
-    )
-    missing = {m: summary["groups"]["all"][m]["n_missing"] for m in ("si_sdr_i", "sdr_i", "stoi_i")}
-    if any(missing.values()):
-        told = ", ".join(f"{m} {n}" for m, n in missing.items() if n)
-        notes += f" Mixtures that no mean counts, since it cannot be computed: {told}."
     table = pd.DataFrame(rows, index=list(summary["groups"])).to_string()
-    return "\n".join([table, *textwrap.wrap(notes, 99)])
+    return "\n".join([table, *textwrap.wrap(" ".join(_notes(summary)), 99)])
+
+
+def _notes(summary):
+    """Sentences under the table."""
+    whole, n_speakers = summary["groups"]["all"], summary["n_speakers"]
+    unit, draws = (summary["bootstrap"][key] for key in ("unit", "draws"))
+    single = unit == UNITS[1]
+    if SPARE in whole:
+        level, low, high = (_cell(whole, SPARE, 1, what) for what in ("mean", "low", "high"))
+        interval = "" if low == "-" else f" [{low}, {high}]"
+        yield (
+            "The model gives more estimates than there are speakers: those of speakers have an "
+            f"SI-SDR of {_cell(whole, 'si_sdr', 2)} dB, the loudest other one lies at {level} dB"
+            f"{interval} re the loudest of all."
+        )
+    yield "All in dB but STOI. Intervals: percentile bootstrap over the"
+    if single:
+        yield f"{n_speakers} speakers, drawn {draws} times."
+    else:
+        yield (
+            f"{summary['n_speaker_pairs']} {unit}s (made of {n_speakers} speakers), drawn {draws} "
+            f"times; {units_of(summary)} share speakers, so new speakers may differ by more."
+        )
+    missing = {m: whole[m]["n_missing"] for m in ("si_sdr_i", "sdr_i", "stoi_i")}
+    if any(missing.values()) and not single:
+        told = ", ".join(f"{m} {n}" for m, n in missing.items() if n)
+        yield f"Mixtures that no mean counts, since it cannot be computed: {told}."
 
 
 def units_of(summary):
-    """What the bootstrap draws: "pairs", "triples" or "groups" (str)."""
+    """What the bootstrap draws: "speakers", "pairs", "triples" or "groups" (str)."""
     return f"{summary['bootstrap']['unit'].split()[-1]}s"
 
 

@@ -8,7 +8,7 @@ from small import small
 
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.cli import main
-from asteroid_tiny.data import SpeechDir, draw_list, write_list
+from asteroid_tiny.data import SpeechDir, draw_list, read_list, write_list
 from asteroid_tiny.export import OnnxSeparator
 
 
@@ -79,6 +79,28 @@ def test_evaluate_measures_the_speakers_that_are_asked_for(model, voices, tmp_pa
     for option in ("-n", "--segment"):
         assert status("evaluate", model, voices, "-o", tmp_path / "none", option, "0") == 2
         assert "--n_mixtures must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
+    model, voices, tmp_path, capsys
+):
+    out, options = tmp_path / "out", ["-n", "2", "--segment", "1", "--seed", "3"]
+    main(["evaluate", str(model), str(voices), "-o", str(out), "--overlap", "0.2", *options])
+    speech = SpeechDir(voices)
+    wanted = draw_list(speech, 2, 2, speech.sample_rate, seed=3, overlap_ratio=0.2)
+    assert read_list(out / "list.csv", speech) == wanted
+    main(["evaluate", str(model), str(voices), "-o", str(out), "--n_speakers", "1", *options])
+    assert all(len(mixture.sources) == 1 for mixture in read_list(out / "list.csv", speech))
+    assert "the loudest other one lies at" in " ".join(capsys.readouterr().out.split())
+    results = out / "results" / "summary.json"
+    assert json.loads(results.read_text())["groups"]["all"]["spare_level"]["mean"] <= 0
+    words = ("--name", "n", "--data_name", "d", "--data_licence", "CC0", "--summary", results)
+    assert status("publish", model, "--out", tmp_path / "p", *words) == 2
+    assert "nothing is published without metrics" in capsys.readouterr().err
+    for option, value in (("--overlap", 1.1), ("--overlap", "nan"), ("--n_speakers", 3)):
+        assert status("evaluate", model, voices, "-o", tmp_path / "none", option, value) == 2
+        assert f"{option} must be from" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

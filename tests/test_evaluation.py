@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.evaluation import evaluate
+from asteroid_tiny.report import write_report
 from asteroid_tiny.summary import METRICS, format_table, summarise
 
 TEST_SPEECH = Path(__file__).parent.parent / "egs/minispeech/TinySepformer/data/test"
@@ -225,6 +227,58 @@ def test_what_cannot_be_computed_is_empty_and_counted(dataset, tmp_path):
     assert "si_sdr_i 1, sdr_i 2, stoi_i 2" in " ".join(format_table(summary).split())
 
 
+class Spare(torch.nn.Module):
+    """An oracle of two that gives a third estimate before the others, 30 dB below the loudest."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.oracle, self.sample_rate = Oracle(dataset), float(dataset.sample_rate)
+
+    def forward(self, mixture):
+        estimates = self.oracle(mixture)
+        noise = torch.randn(1, 1, mixture.shape[1], generator=torch.Generator().manual_seed(1))
+        power = estimates.square().sum(-1).max() / noise.square().sum()
+        return torch.cat([10**-1.5 * power.sqrt() * noise, estimates], 1)
+
+
+def test_fewer_sources_than_estimates_leave_a_spare_one_whose_level_is_told(done, tmp_path):
+    dataset = Mixtures()
+    summary = evaluate(Spare(dataset), dataset, tmp_path, n_workers=0)
+    table, before = (pd.read_csv(d / "metrics.csv") for d in (tmp_path, done[0]))
+    assert table.spare_level.to_numpy() == pytest.approx(np.full(6, -30), abs=1e-2)
+    pd.testing.assert_frame_equal(table[list(METRICS)], before[list(METRICS)], atol=1e-3)
+    text = " ".join(format_table(summary).split())
+    assert "the loudest other one lies at -30.0 dB [-30.0, -30.0] re the loudest of all" in text
+    for folder in (tmp_path / "examples").iterdir():
+        assert {f"estimate_{k}.wav" for k in (1, 2, 3)} < {f.name for f in folder.iterdir()}
+    assert "estimate 3" in write_report(tmp_path, "spare").read_text()
+    assert "spare_level" not in done[1]["groups"]["all"]
+
+
+def test_of_single_speakers_there_is_an_si_sdr_but_no_improvement(tmp_path):
+    class Single(Mixtures):
+        def __getitem__(self, i):
+            return self.items[i][0], self.items[i][:1]
+
+        def describe(self, i):
+            return {k: v if k == "mixture_id" else v[:1] for k, v in super().describe(i).items()}
+
+    dataset = Single()
+    summary = evaluate(Spare(dataset), dataset, tmp_path, n_workers=0)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    improvements = [m for m in METRICS if m.startswith("input_") or m.endswith("_i")]
+    assert table[improvements].isna().all(axis=None) and (table.si_sdr > 5).all()
+    assert summary["bootstrap"]["unit"] == "speaker" and summary["n_speaker_pairs"] == 3
+    text = " ".join(format_table(summary).split())
+    assert (
+        f"SI-SDR of {table.si_sdr.mean():.2f} dB" in text and "over the 3 speakers, drawn" in text
+    )
+    assert len(list((tmp_path / "examples").iterdir())) == 5
+    page = write_report(tmp_path, "single").read_text()
+    assert f"worst: SI-SDR {table.si_sdr.min():.1f} dB" in page
+    assert "nan" not in re.sub('base64,[^"]*', "", page)
+
+
 def test_silence_everywhere_leaves_no_numbers_but_ends_well(dataset, tmp_path):
     class Silent(Mixtures):
         def __getitem__(self, i):
@@ -245,7 +299,7 @@ def spoil_third(n_calls, mixture):
     ("model", "message"),
     [
         (lambda rate: Double(rate, spoil=spoil_third), "NaN or infinite samples for mixture mix/2"),
-        (lambda rate: Double(rate, n_src=3), r"mixture mix/0 has 2 sources"),
+        (lambda rate: Double(rate, n_src=1), r"mixture mix/0 has 2 sources"),
         (lambda rate: Double(rate + 1), r"Hz, the test set at"),
     ],
 )
