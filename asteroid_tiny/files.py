@@ -83,3 +83,32 @@ def reason(error):
     if error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again"
     return error.strerror or str(error)
+
+
+def files_below(folder, above=()):
+    """All files of a folder, at any depth; links to folders are followed, but not in circles.
+
+    Args:
+        folder (str or Path): The folder.
+        above (tuple of str): Folders that it is found in, which it does not enter again.
+
+    Yields:
+        Path: Each file; what begins with a point is left out.
+
+    Raises:
+        UserError: If a folder cannot be read.
+    """
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {reason(error)}") from None
+    for name, is_folder in found:
+        path = Path(folder) / name
+        if is_folder:
+            yield from files_below(path, (*above, place))
+        else:
+            yield path

@@ -56,14 +56,23 @@ TABLES = {
     "table": {"utt2spk": "s0 a\ns0 b\ns1 a\ns2 b\ns3 c\n"},
     "no speaker": {"utt2spk": "s0 a\ns1 a\ns2 b\n"},
     "broken segment": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 zero 1\n"},
+    "broken segment ": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 inf\ns3 s3 0 1\n"},
+    "outside its recording ": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 0.00001\ns3 s3 0 1\n"},
     "outside its recording": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 3 5\n"},
 }
+
+
+def test_check_and_use_agree_on_the_last_sample(make_dir, voices):
+    end = (32000 + 1.4) / 8000  # which a rounded table may say of 32000 samples
+    folder = make_dir({"s0": voices["s0"]}, tables={"segments": f"s0 s0 0 {end}\n"})
+    assert check_speech(folder) == []
+    assert SpeechDir(folder).utterances["s0"].length == 32000
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_fault_of_a_table_is_found(make_dir, voices, kind):
     found = check_speech(make_dir(voices, tables=TABLES[kind]))
-    assert kind in kinds(found) and all(finding.fatal for finding in found)
+    assert kind.strip() in kinds(found) and all(finding.fatal for finding in found)
 
 
 def test_a_speaker_in_two_splits_is_found(make_dir, voices, tmp_path):
@@ -83,6 +92,16 @@ def test_faults_of_a_list_are_found(make_dir, voices, tmp_path):
     write_list(tmp_path / "list.csv", mixtures[:2] + mixtures[:1], 8000)
     (found,) = check_list(tmp_path / "list.csv", folder)
     assert "2 times" in found.what
+
+
+def test_every_mixture_that_was_made_softer_is_told(make_dir, voices, tmp_path):
+    folder = make_dir(voices)
+    mixtures = draw_list(SpeechDir(folder), 60, 2, 16000, seed=1)
+    louder = [
+        m._replace(sources=tuple(s._replace(gain=s.gain + 30) for s in m.sources)) for m in mixtures
+    ]
+    write_list(tmp_path / "list.csv", louder, 8000)
+    assert kinds(check_list(tmp_path / "list.csv", folder)) == 60 * ["clipping"]
 
 
 def test_the_table_counts_and_names(make_dir, voices):

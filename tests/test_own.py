@@ -1,5 +1,7 @@
 """Speech of the user's own: layouts, splits and rates, on voices of the embedded pack."""
 
+import os
+
 import numpy as np
 import pytest
 import soundfile as sf
@@ -54,6 +56,30 @@ def test_conversion_is_done_once(voices, make, tmp_path, monkeypatch):
     make(voices)
     monkeypatch.setattr(own, "convert", None)
     assert make(voices)["train"].utterances
+
+
+def test_a_recording_that_was_mended_is_converted_anew(voices, make):
+    make(voices)
+    mended = voices / "speaker 1" / "day one" / "b c.flac"
+    samples, rate = sf.read(mended)
+    sf.write(mended, samples[: len(samples) // 2], rate)
+    speech = next(s for s in make(voices).values() if "speaker_1" in s.by_speaker)
+    assert speech.utterances[speech.by_speaker["speaker_1"][1]].length == 4000
+
+
+def test_speakers_may_be_links_and_links_may_go_in_circles(voices, make, tmp_path):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for i, folder in enumerate(sorted(voices.glob("speaker*"))):
+        if i < 4:
+            (pool / folder.name).symlink_to(folder)
+        else:
+            folder.rename(pool / folder.name)
+    (pool / "speaker 5" / "up").symlink_to(pool)
+    (pool / "speaker 5" / ".hidden").symlink_to(voices)
+    made = make(pool)
+    assert sum(len(speech.by_speaker) for speech in made.values()) == 8
+    assert sum(len(speech.utterances) for speech in made.values()) == 16
 
 
 def test_hardly_anyone_moves_when_a_speaker_is_added(voices, make):
@@ -121,7 +147,18 @@ def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
     (voices / "spk2split").write_text("speaker_0 dev\n")
     with refused("'dev' is no split"):
         make(voices)
+    (voices / "spk2split").write_text("".join(f"speaker_{i} train\n" for i in range(8)))
+    with refused("spk2split gives no speaker to valid"):
+        make(voices)
     (voices / "spk2split").unlink()
+    twin = voices / "speaker 0" / "day one_a.wav"
+    sf.write(twin, np.zeros(800), 8000)
+    with refused("day one_a.wav and", "day one/a.wav would both be utterance"):
+        make(voices)
+    os.rename(twin, os.path.join(os.fsencode(voices), b"speaker 0", b"M\xfcller.wav"))
+    with refused("M\\xfcller.wav' is not UTF-8; rename it"):
+        make(voices)
+    os.remove(os.path.join(os.fsencode(voices), b"speaker 0", b"M\xfcller.wav"))
     sf.write(voices / "speaker 0" / "c.wav", np.zeros((800, 2)), 44100)
     with refused("c.wav has 2 channels"):
         make(voices)

@@ -7,6 +7,7 @@ opening a `SpeechDir` does; the two agree about what cannot be used.
 import collections
 import concurrent.futures
 import csv
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -72,11 +73,15 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     findings = []
     wavs, speakers = (_table(folder / name, findings) for name in ("wav.scp", "utt2spk"))
     segments = _table(folder / "segments", findings) if (folder / "segments").exists() else {}
-    inside = collections.defaultdict(dict)  # by recording: utterances with their start and end
+    inside = collections.defaultdict(dict)  # by recording: utterances with start and end in s
     for key in segments or wavs:
         try:
-            recording, start, end = segments[key].split() if segments else (key, 0, "inf")
-            inside[recording][key] = (float(start), float(end))
+            recording, *span = segments[key].split() if segments else [key]
+            if segments:
+                start, end = span = tuple(map(float, span))
+                if not math.isfinite(start + end):
+                    raise ValueError
+            inside[recording][key] = span  # empty: all of it
         except ValueError:
             findings.append(Finding("broken segment", key, segments[key]))
         if key not in speakers:
@@ -118,7 +123,7 @@ def check_list(path, speech_folder, noise=None):
         except UserError as error:
             findings.append(Finding("unreadable", mixture.mixture_id, str(error)))
             continue
-        if mixed.abs().max() >= 1:
+        if mixed.abs().max() > 1 - 1e-6:  # which is where `render` leaves a peak above 1
             findings.append(Finding("clipping", mixture.mixture_id, "made softer", False))
         for source, samples in zip(mixture.sources, sources):
             if samples.square().mean().sqrt() <= SILENT:
@@ -196,11 +201,12 @@ def _listen(samples, rate, path, utterances, shortest):
     full = np.mean(np.abs(samples) >= FULL_SCALE)
     if full > CLIPPED:
         yield Finding("clipping", str(path), f"{100 * full:.1f} % of its samples", False)
-    for key, (start, end) in utterances.items():
-        if np.isfinite(end) and not 0 <= start < end <= (len(samples) + 1) / rate:
-            yield Finding("outside its recording", key, f"{start:g} to {end:g} s of {path}")
+    for key, span in utterances.items():
+        first, last = (round(time * rate) for time in span or (0, len(samples) / rate))
+        if not 0 <= first < last <= len(samples) + 1:
+            yield Finding("outside its recording", key, f"{span[0]:g} to {span[1]:g} s of {path}")
             continue
-        part = samples[round(start * rate) : round(end * rate) if np.isfinite(end) else None]
+        part = samples[first:last]
         if np.sqrt(np.mean(part**2)) <= SILENT:
             yield Finding("silent", key, "", False)
         if len(part) < shortest * rate:

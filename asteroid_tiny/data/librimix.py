@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ..download import fetch
 from ..errors import UserError
-from ..files import reason, whole_file
+from ..files import files_below, reason, whole_file
 from . import mixed
 from .kaldi import NoiseDir, write_dir
 from .mixing import Mixture, Source
@@ -101,7 +101,8 @@ def prepare(source, target, settings):
 
 
 def _prepare_speech(folder, part, target):
-    wavs = {path.stem: str(path.absolute()) for path in sorted((folder / part).rglob("*.flac"))}
+    files = (path for path in sorted(files_below(folder / part)) if path.suffix == ".flac")
+    wavs = {path.stem: str(path.absolute()) for path in files}
     if not wavs:
         raise UserError(f"{folder / part} holds no FLAC file")
     speakers = {key: key.split("-")[0] for key in wavs}

@@ -13,6 +13,7 @@ added.
 
 import hashlib
 import math
+import os
 import re
 import zlib
 from pathlib import Path
@@ -23,19 +24,20 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import whole_file
+from ..files import files_below, whole_file
 from .kaldi import decode, open_info, read_table
 
 SPLITS = ("train", "valid", "test")
 SHARE = 0.1  # of the speakers for validation, and as many for test
-SUFFIXES = tuple(f".{name.lower()}" for name in sf.available_formats()) + (".opus", ".sph", ".aif")
+SUFFIXES = {f".{name.lower()}" for name in sf.available_formats()}
+SUFFIXES |= set(".aif .aifc .oga .opus .snd .sph .wave".split())
 
 
 def prepare(source, target, n_src, sample_rate):
     """Makes the data dirs train, valid and test of a folder of speech.
 
     Recordings of another rate are converted once, to FLAC files in the target; others stay where
-    they are. What was converted before is not converted again.
+    they are. What was converted before, and has not changed since, is not converted again.
 
     Args:
         source (str or Path): The folder of speech.
@@ -92,15 +94,20 @@ def find_recording(folder, key, value):
 def read_folders(folder):
     """Tables of a folder with one folder of recordings a speaker."""
     tables = {"wav.scp": {}, "utt2spk": {}}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(files_below(folder)):
         inside = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2 or hidden:
+        if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2:
             continue
+        if os.fsencode(path) != str(path).encode(errors="replace"):
+            raise UserError(f"the name {os.fsencode(path)!r} is not UTF-8; rename it")
         speaker = re.sub(r"\s", "_", inside.parts[0])
         utterance = re.sub(r"[\s/]", "_", inside.as_posix())
         if utterance in tables["utt2spk"]:
-            raise UserError(f"{path} and another file differ by blanks alone; rename one")
+            other = tables["wav.scp"][utterance]
+            raise UserError(
+                f"{path} and {other} would both be utterance {utterance!r}, as blanks and slashes "
+                "become _; rename one"
+            )
         tables["wav.scp"][utterance] = str(path.absolute())
         tables["utt2spk"][utterance] = speaker
     if not tables["utt2spk"]:
@@ -152,6 +159,9 @@ def listed_split(path, speakers):
         if side not in SPLITS or speaker not in speakers:
             what = f"{side!r} is no split" if side not in SPLITS else "there is no such speaker"
             raise UserError(f"{path}: {speaker!r}: {what}")
+    for split in SPLITS:
+        if split not in sides.values():
+            raise UserError(f"{path} gives no speaker to {split}")
     return sides
 
 
@@ -178,7 +188,9 @@ def write_split(folder, tables, sample_rate):
         rate = open_info(path).samplerate
         if rate == sample_rate:
             continue
-        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', key)}_{zlib.crc32(path.encode()):08x}.flac"
+        there = os.stat(path)
+        version = f"{path} {there.st_size} {there.st_mtime_ns}".encode()
+        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', key)}_{zlib.crc32(version):08x}.flac"
         if not (folder / "audio" / name).exists():
             convert(path, folder / "audio" / name, sample_rate)
         tables["wav.scp"][key] = f"audio/{name}"
