@@ -8,6 +8,7 @@ which type; a recipe's file overrides some, and in its section `corpus` adds som
 import argparse
 import itertools
 import math
+import os
 from pathlib import Path
 
 import yaml
@@ -43,9 +44,11 @@ MAY_BE_ZERO = (
     "num_workers eval_workers budget_minutes average"
 ).split()
 #: Settings with an upper limit, which they may not reach.
-BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1}
+BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1, "seed": 2**32}
 #: Settings with an upper limit, which they may reach.
 AT_MOST = {"overlap_ratio": 1, "least_overlap": 1, "silent_sources": 1}
+#: Settings with a lower limit, in seconds.
+AT_LEAST = {"segment": 0.01, "eval_segment": 0.01}
 #: Settings that are one of a few words.
 ONE_OF = {
     "accelerator": ("auto", "cpu", "gpu"),
@@ -158,6 +161,8 @@ def _checked(key, value, default, where):
         raise UserError(f"{where}: {key} must be below {BELOW[key]}, not {value}")
     if key in AT_MOST and value > AT_MOST[key]:
         raise UserError(f"{where}: {key} must be at most {AT_MOST[key]}, not {value}")
+    if key in AT_LEAST and value < AT_LEAST[key]:
+        raise UserError(f"{where}: {key} must be at least {AT_LEAST[key]} s, not {value}")
     return value
 
 
@@ -185,6 +190,11 @@ def parse_options(options, known):
     return given
 
 
+def recipe_folder(exp_dir):
+    """The folder of a run's recipe, `exp` in which may be a link to a larger disk (Path)."""
+    return Path(os.path.abspath(exp_dir)).parents[1]
+
+
 def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     """Settles the settings of a run and keeps them in `exp_dir`/conf.yml.
 
@@ -203,7 +213,7 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     path = Path(exp_dir) / "conf.yml"
     if path.exists():
         begun = read_conf(path)
-        recipe_dir = Path(exp_dir).resolve().parents[1]
+        recipe_dir = recipe_folder(exp_dir)
         before = recipe_dir / begun["speech"]
         now = recipe_dir / given.get("speech", begun["speech"])
         if before.exists() and not (now.exists() and now.samefile(before)):

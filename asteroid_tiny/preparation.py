@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from pathlib import Path
 
+from .config import recipe_folder
 from .data import (
     MixtureList,
     NoiseDir,
@@ -28,6 +29,29 @@ SHORTEST = 0.5  # s: utterances below are reported
 LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
 CORPORA = ("kaldi", "own", *LISTED)
 SPLITS = ("train", "valid", "test")
+#: Settings by which lists are drawn, and by which training mixtures are: not those of a corpus.
+LISTS_BY = ("eval_segment", "valid_seed", "test_seed")
+TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "level_spread", "colour")
+
+
+def refuse_without_effect(settings, defaults, given):
+    """Raises a `UserError` if an option changes nothing, as the corpus has mixtures of its own.
+
+    Args:
+        settings (dict): The recipe's defaults merged with the options.
+        defaults (dict): Of the recipe.
+        given (dict): The options.
+    """
+    if settings["corpus"] not in LISTED:
+        return
+    idle = LISTS_BY if settings["dynamic_mixing"] else LISTS_BY + TRAINING_BY
+    for key in idle:
+        if key in given and settings[key] != defaults[key]:
+            what = "its own training" if key in TRAINING_BY else "its own validation and test"
+            hint = "; --dynamic_mixing true draws others" if key in TRAINING_BY else ""
+            raise UserError(
+                f"--{key} has no effect: {settings['corpus']} has {what} mixtures{hint}"
+            )
 
 
 def open_split(exp_dir, settings, split):
@@ -51,7 +75,7 @@ def speech_folder(exp_dir, settings):
 
 def source_folder(exp_dir, settings):
     """The folder that the settings name; it may be relative to that of the recipe."""
-    return Path(exp_dir).resolve().parents[1] / settings["speech"]
+    return recipe_folder(exp_dir) / settings["speech"]
 
 
 def prepare_speech(exp_dir, settings):
@@ -64,7 +88,8 @@ def prepare_speech(exp_dir, settings):
         own.prepare(folder, target, settings["n_src"], settings["sample_rate"])
     if settings["corpus"] in LISTED:
         LISTED[settings["corpus"]].prepare(folder, target, settings)
-    if (folder / "SHA256SUMS").exists():
+    own_pack = settings["corpus"] == "kaldi" and folder.parent == recipe_folder(exp_dir)
+    if own_pack and (folder / "SHA256SUMS").exists():
         verify_checksums(folder)
     splits = {split: open_split(exp_dir, settings, split) for split in SPLITS}
     for group in LISTED[settings["corpus"]].DISJOINT if settings["corpus"] in LISTED else [SPLITS]:
@@ -80,13 +105,13 @@ def prepare_speech(exp_dir, settings):
 
 
 def verify_checksums(folder):
-    """Compares the files of a folder with its SHA256SUMS.
+    """Compares the files of the speech in this repository with its SHA256SUMS.
 
     Raises:
         UserError: That names the first file that is missing or changed.
     """
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
-        wanted, name = line.split(maxsplit=1)
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    for wanted, name in (line.split(maxsplit=1) for line in lines if line.strip()):
         path = folder / name.lstrip("*")
         if not path.is_file():
             raise UserError(f"{path} is missing; restore it (git checkout -- {path.name})")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf
+from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf, recipe_folder
 from .cost import training_cost
 from .errors import UserError
 from .files import whole_file
@@ -175,7 +175,7 @@ def evaluate_model(exp_dir, settings):
     print(f"\n{format_table(summary)}\n")
     compare_packaged(exp_dir, settings)
     print(training_cost(exp_dir, settings, build_model(settings)))
-    credits = exp_dir.resolve().parents[1] / settings["speech"] / "CREDITS.txt"
+    credits = recipe_folder(exp_dir) / settings["speech"] / "CREDITS.txt"
     credits = credits.read_text(encoding="utf-8") if credits.exists() else ""
     page = write_report(results, exp_dir.name, credits, training_curves(exp_dir))
     print(f"\n  metrics, summary and examples: {results}\n  to see and hear: {page}")
@@ -243,7 +243,7 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     training["hours"] = training["steps"] * settings["batch_size"] * settings["segment"] / 3600
     if settings["init_from"]:
         training["init_from"] = about_start(settings["init_from"])
-    recipe_dir = exp_dir.resolve().parents[1]
+    recipe_dir = recipe_folder(exp_dir)
     credits_file = recipe_dir / settings["speech"] / "CREDITS.txt"
     rate = f"{settings['sample_rate'] / 1000:g}k"
     about = {
@@ -289,13 +289,13 @@ def run_command(exp_dir, settings):
         for key, value in settings.items()
         if key not in MAY_CHANGE and value != defaults.get(key)
     }
-    options = {"stage": 0, "recipe": Path(exp_dir).resolve().parents[2].name, **given}
+    options = {"stage": 0, "recipe": recipe_folder(exp_dir).parent.name, **given}
     told = (f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
     return f"./run.sh {' '.join(told)}"
 
 
 def recipe_defaults(exp_dir):
     """The settings of a run's recipe without any option (dict)."""
-    recipe_dir = Path(exp_dir).resolve().parents[1]
+    recipe_dir = recipe_folder(exp_dir)
     paths = (recipe_dir.parents[2] / "local" / "conf.yml", recipe_dir / "conf.yml")
     return {key: v for path in paths if path.exists() for key, v in read_conf(path).items()}

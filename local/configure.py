@@ -3,13 +3,7 @@
 import sys
 from pathlib import Path
 
-from asteroid_tiny.config import (
-    FOLDERS,
-    begin_run,
-    merge,
-    parse_options,
-    read_recipe,
-)
+from asteroid_tiny.config import FOLDERS, begin_run, merge, parse_options, read_recipe
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +24,10 @@ def main(recipe, tag, *options):
         if here.exists() or (key != "init_from" and not in_recipe.exists()):
             given[key] = str(here)
     settings = merge(defaults, given, "options")
-    from asteroid_tiny.recipe import build_model, without_foreign_start  # late: they need torch
+    from asteroid_tiny.preparation import refuse_without_effect  # late: they need torch
+    from asteroid_tiny.recipe import build_model, without_foreign_start
 
+    refuse_without_effect(settings, defaults, given)
     build_model(settings)
     settings = without_foreign_start(settings, defaults, given)
     rate = f"{settings['sample_rate'] / 1000:g}k"

@@ -28,6 +28,7 @@ DEFAULTS = {
     "lr": 0.001,
     "checkpoint_activations": False,
     "seed": 0,
+    "segment": 4.0,
     "weight_decay": 0.01,
     "speed_perturb": 5,
     "n_filters": None,
@@ -80,6 +81,8 @@ def test_options_get_the_type_of_their_setting(key, text, value):
 @pytest.mark.parametrize(
     "key, text, words",
     [
+        ("seed", "4294967296", "must be below 4294967296"),
+        ("segment", "0.001", "must be at least 0.01 s, not 0.001"),
         ("precision", "fp4", "must be one of auto, 32-true, bf16-mixed"),
         ("accelerator", "tpu", "must be one of auto, cpu, gpu, not 'tpu'"),
         ("lr", "fast", "must be a number, not 'fast'"),

@@ -1,0 +1,59 @@
+"""Stages 0 and 1 beside the speech itself: where a run lies, what is verified, idle options."""
+
+import pytest
+from recipes import ROOT, few_minutes, settings_of
+
+from asteroid_tiny.config import merge
+from asteroid_tiny.preparation import make_lists, prepare_speech, refuse_without_effect
+from asteroid_tiny.recipe import recipe_defaults
+
+
+@pytest.fixture
+def recipe(pack, tmp_path):
+    """The folder of a recipe with speech of its own and its checksums."""
+    folder = tmp_path / "egs" / "small" / "TinySepformer"
+    few_minutes(pack, folder / "data")
+    return folder
+
+
+def test_runs_may_lie_on_another_disk(recipe, tmp_path):
+    (tmp_path / "scratch" / "exp").mkdir(parents=True)
+    (recipe / "exp").symlink_to(tmp_path / "scratch" / "exp")
+    (tmp_path / "local").symlink_to(ROOT / "local")
+    settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
+    prepare_speech(recipe / "exp" / "run", settings)
+    make_lists(recipe / "exp" / "run", settings)
+    assert (tmp_path / "scratch" / "exp" / "run" / "lists" / "test.csv").exists()
+    assert recipe_defaults(recipe / "exp" / "run")["preset"] == "tiny-sepformer-s"
+
+
+def test_the_speech_of_the_repository_is_verified_and_nobody_elses(recipe, refused, tmp_path):
+    settings = settings_of("minispeech")
+    (recipe / "data" / "SHA256SUMS").write_text(f"\n{'0' * 64} *train/wav.scp\n")
+    with refused("wav.scp has changed", "git checkout"):
+        prepare_speech(recipe / "exp" / "run", settings)
+    elsewhere = (recipe / "data").rename(tmp_path / "elsewhere")
+    prepare_speech(recipe / "exp" / "run", {**settings, "speech": str(elsewhere)})
+
+
+@pytest.mark.parametrize(
+    ("corpus", "given", "words"),
+    [
+        ("librimix", {"colour": 6.0}, ("--colour", "its own training", "--dynamic_mixing true")),
+        ("librimix", {"overlap_ratio": 0.5}, ("--overlap_ratio", "librimix")),
+        ("librimix", {"colour": 6.0, "dynamic_mixing": True}, None),
+        ("wsj0-mix", {"least_overlap": 0.2}, None),
+        ("wsj0-mix", {"eval_segment": 2.0}, ("--eval_segment", "its own validation and test")),
+        ("wsj0-mix", {"valid_seed": 101}, None),  # as it is
+        ("librimix", {"silent_sources": 0.1}, None),
+        ("minispeech", {"eval_segment": 2.0, "colour": 3.0}, None),
+    ],
+)
+def test_options_that_change_nothing_are_refused(corpus, given, words, refused):
+    defaults = settings_of(corpus)
+    settings = merge(defaults, given, "test")
+    if words is None:
+        refuse_without_effect(settings, defaults, given)
+        return
+    with refused(*words):
+        refuse_without_effect(settings, defaults, given)
