@@ -31,15 +31,16 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
     """Warm-up, halving on plateau, and a final descent to zero; counted in steps.
 
     The rate rises linearly over `warmup_steps`, is halved whenever `observe` has seen no better
-    validation loss `patience` times in a row after the first `hold_steps`, and over the last
-    `cooldown_steps` of `total_steps` falls linearly to zero.
+    validation loss more than `patience` times in a row after the first `hold_steps`, and over the
+    last `cooldown_steps` of `total_steps` falls linearly to zero.
 
     Args:
         optimizer (torch.optim.Optimizer): Whose rates are set.
         total_steps (int): Steps of the whole training.
         warmup_steps (int): Steps of the rise.
         cooldown_steps (int): Steps of the descent; 0 for none.
-        patience (int): Validations without a better loss before the rate is halved.
+        patience (int): Validations in a row without a better loss that are borne; at the next one
+            the rate is halved, as PyTorch and SpeechBrain count.
         hold_steps (int): First steps, in which it is not halved and nothing is observed.
     """
 

@@ -4,6 +4,7 @@ An "epoch" is a fixed number of steps, after each of which the model is validate
 """
 
 import logging
+import os
 import re
 import sys
 from datetime import timedelta
@@ -21,6 +22,8 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
 from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
@@ -209,10 +212,13 @@ def build_trainer(exp_dir, conf, callbacks, **options):
         conf (dict): As in `train`.
         callbacks (list): More callbacks.
         **options: More arguments of the trainer.
+
+    Raises:
+        UserError: If the machine does not have what is asked for.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     board = TensorBoardLogger(exp_dir, "logs")
-    return pl.Trainer(
+    options = dict(
         accelerator=conf["accelerator"],
         devices=conf["devices"],
         num_nodes=conf["num_nodes"],
@@ -236,6 +242,11 @@ def build_trainer(exp_dir, conf, callbacks, **options):
         enable_model_summary=False,
         **options,
     )
+    try:
+        return pl.Trainer(**options)
+    except MisconfigurationException as error:
+        where = " ".join(f"--{key} {conf[key]}" for key in ("accelerator", "devices", "num_nodes"))
+        raise UserError(f"no training with {where}: {' '.join(str(error).split())}") from None
 
 
 def fit(trainer, system, exp_dir):
@@ -276,8 +287,19 @@ def per_process(conf):
 
 
 def strategy(conf):
-    """How Lightning trains: in one process, or in several that exchange gradients."""
-    if conf["devices"] * conf["num_nodes"] == 1:
+    """How Lightning trains: in one process, or in several that exchange gradients.
+
+    Raises:
+        UserError: If torchrun started another number of processes.
+    """
+    wanted = conf["devices"] * conf["num_nodes"]
+    started = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else wanted
+    if started != wanted:  # with one wanted, each would train by itself, in one folder
+        raise UserError(
+            f"torchrun started {started} process(es), but the run is for {wanted}; prepare it by "
+            f"./run.sh --stop_stage 1 with --devices and --num_nodes whose product is {started}"
+        )
+    if wanted == 1:
         return "auto"
     # buffers are constants, and processes may have unequal numbers of validation batches
     return DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)

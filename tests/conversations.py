@@ -1,8 +1,7 @@
 """Conversations of real speech, a separator that knows them, and how often speakers change files.
 
 `python tests/conversations.py` prints the table of the README (minutes);
-`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, and how
-far one speaker alone is kept out of the others' files.
+`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir.
 """
 
 import itertools
@@ -14,7 +13,7 @@ import torch
 
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.data import SpeechDir
-from asteroid_tiny.data.mixing import draw_list, render, same_colour
+from asteroid_tiny.data.mixing import same_colour
 from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
 
@@ -150,23 +149,12 @@ def best_order(model, sources, block):
     return tracks
 
 
-def alone(model, speech, n_recordings=60, seconds=4):
-    """Decibels by which the softer file lies below the louder where one speaker talks, median."""
-    levels = []
-    for mixture in draw_list(speech, n_recordings, 1, seconds * RATE, seed=11):
-        voice, _ = render(speech, mixture)
-        power = (separate_long(model, voice.numpy(), block=seconds, overlap=0) ** 2).sum(1)
-        levels.append(10 * np.log10(power.max() / power.min()))
-    return float(np.median(levels))
-
-
 def with_model(name, folder, n_conversations=6, seconds=90):
     """The same with a true model and speakers of a Kaldi data dir."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
     model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE)
     rng, speakers = np.random.default_rng(0), list(speech.by_speaker)
-    print(f"one speaker alone: {alone(model, speech):.1f} dB softer in the other files")
     print("block   peer  without voices  as a stream  as a whole  best order")
     for block in (4, 8):
         shares = []

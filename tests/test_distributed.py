@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asteroid_tiny.data import SharedOut
-from asteroid_tiny.training import per_process
+from asteroid_tiny.training import per_process, strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = """--n_filters 16 --kernel_size 64 --stride 32 --bn_chan 16 --ff_hid 16 --n_heads 2
@@ -45,6 +45,17 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(refused):
     assert per_process(dict(batch_size=4, devices=2, num_nodes=2)) == 1
     with refused("batch_size of 4", "3 processes"):
         per_process(dict(batch_size=4, devices=3, num_nodes=1))
+
+
+def test_another_number_of_processes_is_refused(refused, monkeypatch):
+    alone = dict(devices=1, num_nodes=1)
+    assert strategy(alone) == "auto"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # by somebody else
+    assert strategy(alone) == "auto"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with refused("torchrun started 2", "the run is for 1"):
+        strategy(alone)
+    assert strategy(dict(devices=1, num_nodes=2)) != "auto"
 
 
 @pytest.mark.slow

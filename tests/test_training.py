@@ -69,6 +69,12 @@ def test_the_loss_is_negative_si_sdr_of_the_best_order():
     assert separation_loss(3 * estimates.bfloat16(), sources).item() == pytest.approx(-20, abs=1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model, speech, valid, tmp_path, refused):
+    with refused("no training with --accelerator gpu --devices 1", "gpu"):
+        train(model, speech, valid, tmp_path, CONF | {"accelerator": "gpu"})
+
+
 def test_the_loss_is_not_rounded_under_bf16_autocast():
     sources = torch.randn(4, 2, 800)
     estimates = sources + 0.2 * torch.randn_like(sources)
