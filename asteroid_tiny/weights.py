@@ -249,7 +249,7 @@ def from_dict(conf, where):
         shapes={key: tuple(tensor.shape) for key, tensor in state.items()},
         floats={key: tensor.is_floating_point() for key, tensor in state.items()},
         read=state.__getitem__,
-        infos=conf.get("infos", {}),
+        infos=conf["infos"] if isinstance(conf.get("infos"), dict) else {},
     )
 
 

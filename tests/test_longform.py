@@ -11,9 +11,10 @@ import soundfile as sf
 import soxr
 import torch
 from conversations import RATE, Oracle, conversation, ours, peer, streamed, wrong_share
+from small import small
 
 from asteroid_tiny import TinySepformer
-from asteroid_tiny.longform import separate_file, separate_long, separate_stream
+from asteroid_tiny.longform import audio, separate_file, separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut, make_consistent
 from asteroid_tiny.longform.tracking import CEPSTRA, Block, SpeakerTracker
 from asteroid_tiny.longform.upper_band import share_rest
@@ -233,6 +234,42 @@ def test_targets_may_be_strings_of_a_format_that_there_is(talk, tmp_path, refuse
 def test_a_recording_in_memory_has_one_channel(talk, refused):
     with refused("(2, 8000)", "(time,)"):
         separate_long(Shares(0.5, 0.5), np.stack([talk[:8000]] * 2))
+
+
+def test_the_single_estimate_of_an_enhancement_model_stays_what_it_is(tmp_path, talk):
+    class Enhances(Shares):
+        def forward(self, mixtures):
+            return 3 * torch.nn.functional.avg_pool1d(mixtures[:, None], 5, 1, 2)
+
+    wanted = np.convolve(talk, np.ones(5) / 5, "same")
+    for rate in (RATE, 16000):
+        path = write(tmp_path / f"{rate}.wav", np.repeat(talk, rate // RATE), rate)
+        separate_file(Enhances(1.0), path, [tmp_path / "1.wav"])
+        (track,), _ = read_tracks([tmp_path / "1.wav"])
+        found = track[:: rate // RATE]
+        assert np.corrcoef(found, wanted)[0, 1] > np.corrcoef(found, talk)[0, 1] + 0.02
+        fit = found @ talk / (found @ found)
+        assert fit == pytest.approx(1, abs=0.05), "its gain is that of the recording"
+
+
+def test_a_model_of_bfloat16_takes_recordings_in_memory(valid_speech):
+    voice = valid_speech.read(valid_speech.by_speaker[next(iter(valid_speech.by_speaker))][0])
+    voice = voice[: 2 * RATE]
+    exact, rounded = small(), small().bfloat16()
+    rounded.load_state_dict(exact.state_dict())
+    found = separate_long(rounded, voice, block=1.0, overlap=0.5)
+    assert found.dtype == np.float32 and np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(0), voice, atol=1e-4)
+
+
+def test_a_wav_file_beyond_4_gigabytes_is_one_of_rf64(tmp_path, talk, monkeypatch):
+    path = write(tmp_path / "talk.wav", talk, RATE)
+    targets = [tmp_path / "1.wav", tmp_path / "2.wav"]
+    for most, kind in ((2 * len(talk), "WAV"), (2 * len(talk) - 1, "RF64")):
+        monkeypatch.setattr(audio, "MOST_OF_WAV", most)
+        separate_file(Shares(0.5, 0.5), path, targets)
+        assert sf.info(targets[0]).format == kind
+        assert len(read_tracks(targets)[0][0]) == len(talk)
 
 
 class Knows(Shares):

@@ -1,5 +1,6 @@
 """`asteroid-tiny separate` and `info`, as from the command line, on real files."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from small import n_parameters, small
 
 from asteroid_tiny import UserError, cli, example_mixture
 from asteroid_tiny.data.kaldi import decode
+from asteroid_tiny.longform import audio
 from asteroid_tiny.longform.folder import FAINT
 
 
@@ -112,8 +114,9 @@ def test_estimates_of_more_speakers_are_not_taken_for_those_of_fewer(separate, t
     first = sorted(talks.glob("*.wav"))[0]
     assert separate(first)[0] == 0
     (tmp_path / "out" / f"{first.stem}_est3.wav").write_bytes(b"of a third speaker")
-    status, _, errors = separate(first)
-    assert status == 1 and "a model of more speakers" in errors
+    for options in ([], ["--force"]):
+        status, _, errors = separate(first, *options)
+        assert status == 1 and "a model of more speakers" in errors
 
 
 def test_outputs_beside_the_recordings_are_not_separated_again(separate, talks):
@@ -221,6 +224,47 @@ def test_ctrl_c_in_the_middle_leaves_no_part(separate, talks, tmp_path, monkeypa
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
+STAND_IN = """#!{python}
+import io, pathlib, signal, struct, sys
+import soundfile
+signal.alarm(20)  # rather than wait without end
+path = sys.argv[sys.argv.index("-i") + 1].removeprefix("file:")
+samples, rate = soundfile.read(io.BytesIO(pathlib.Path(path).read_bytes()), dtype="float32")
+sys.stdout.buffer.write(struct.pack(">4s5I", b".snd", 24, 0xFFFFFFFF, 6, rate, 1))
+sys.stdout.buffer.write(samples.astype(">f4").tobytes())
+"""
+
+
+def test_what_came_through_ffmpeg_is_done_before_as_well(separate, talks, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "bin" / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    source = sorted(talks.glob("*.wav"))[0].rename(tmp_path / "talk.raw")
+    for done in ("1 separated", "1 done before"):
+        status, text, errors = separate(source)
+        assert status == 0 and done in text, errors
+    assert sf.info(tmp_path / "out" / "talk_est2.wav").frames == 32000
+
+
+def test_a_name_that_is_too_long_is_told_and_the_others_are_done(separate, talks):
+    voice = sorted(talks.glob("*.wav"))[0].read_bytes()
+    (talks / f"{250 * 'x'}.wav").write_bytes(voice)
+    status, text, errors = separate(talks)
+    assert status == 1 and "4 separated" in text and "1 failed" in text
+    assert errors.count("error:") == 1 and "xxx.wav: File name too long" in errors
+
+
+def test_a_recording_that_may_not_be_read_is_told_so(separate, talks, monkeypatch):
+    def closed(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(audio, "open", closed, raising=False)
+    path = sorted(talks.glob("*.wav"))[0]
+    status, _, errors = separate(path)
+    assert status == 1 and f"{path} cannot be read: Permission denied" in errors
+
+
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_ffmpeg_reads_what_soundfile_does_not(separate, talks, tmp_path):
     source = sorted(talks.glob("*.wav"))[0]
@@ -229,6 +273,7 @@ def test_ffmpeg_reads_what_soundfile_does_not(separate, talks, tmp_path):
     (tmp_path / "bad.m4a").write_bytes(b"no sound" * 100)
     status, text, errors = separate(tmp_path / "m.m4a", tmp_path / "bad.m4a")
     assert status == 1 and "bad.m4a cannot be read" in errors and "2 channels" in text
+    assert "1 done before" in separate(tmp_path / "m.m4a")[1]
     tracks = [sf.read(tmp_path / "out" / f"m_est{k}.wav")[0] for k in (1, 2)]
     assert sf.info(tmp_path / "out" / "m_est1.wav").samplerate == 44100
     assert len(tracks[0]) == pytest.approx(4 * 44100, abs=4096)
@@ -269,6 +314,34 @@ def test_info_tells_what_a_model_is(model, capsys):
         "MB of tensors for 4 s",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"training": "Libri2Mix"},
+        {"training": None},
+        {"training": {"data": "Libri2Mix"}},
+        {"metrics": 12.3},
+        {"metrics": {"si_sdr_i": "12.3 dB", "stoi": 0.9}},
+    ],
+    ids=str,
+)
+def test_whatever_a_model_tells_of_itself_it_is_told_and_used(about, tmp_path, capsys, talks):
+    small().save_pretrained(tmp_path / "told", **about)
+    cli.main(["info", str(tmp_path / "told")])
+    assert "trained on      not told" in capsys.readouterr().out
+    path = sorted(talks.glob("*.wav"))[0]
+    cli.main(["separate", str(path), "-m", str(tmp_path / "told"), "-o", str(tmp_path / "o")])
+    assert len(contents(tmp_path / "o")) == 2
+
+
+@pytest.mark.parametrize("fb_name", ["param_sinc", "torch_stft"])
+def test_info_tells_of_models_with_any_filterbank(fb_name, tmp_path, capsys):
+    small(fb_name=fb_name).save(tmp_path / "model.pth")
+    cli.main(["info", str(tmp_path / "model.pth")])
+    text = capsys.readouterr().out
+    assert "operations" in text and ("GMAC" in text or "not counted with this" in text)
 
 
 def test_the_receptive_field_is_all_that_the_model_is_given_as_info_says(model, capsys):

@@ -5,6 +5,7 @@ are converted by soxr as a stream.
 """
 
 import contextlib
+import inspect
 import shutil
 import struct
 import subprocess
@@ -24,6 +25,7 @@ FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
 SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 #: Endings that a folder is searched for, beside those of soundfile: what ffmpeg often reads.
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
+MOST_OF_WAV = 2**32 - 2**12  # bytes, header aside; a longer WAV file is one of RF64
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
 SILENCE = 1e-9  # energy; less is not told apart
 AU_HEADER = 24  # bytes
@@ -66,8 +68,12 @@ def open_recording(path):
     Raises:
         UserError: If the file is missing, or holds nothing that can be read.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} is no file")
+    try:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is no file")
+        open(path, "rb").close()  # of what forbids that, soundfile tells less
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     try:
         file = soundfile.SoundFile(path)
         why = "it tells no length" if file.frames >= NO_LENGTH else None  # made by a pipe
@@ -114,6 +120,8 @@ def _through_ffmpeg(path, why):
                 process.stdout.read(start - AU_HEADER)
                 blocks = _floats(process, rate, n_channels)
                 yield Recording(rate, n_channels, None, blocks)
+                if inspect.getgeneratorstate(blocks) != inspect.GEN_CLOSED:
+                    return  # nobody wants the rest, for which ffmpeg would wait without end
             if process.wait() != 0 or len(header) < AU_HEADER:
                 errors.seek(0)
                 told = errors.read().decode(errors="replace").strip().splitlines() or [""]
@@ -189,8 +197,9 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
     Raises:
         UserError: If a file cannot be written.
     """
-    highest, energy = 0.0, np.zeros(len(targets))
+    highest, energy, n_samples = 0.0, np.zeros(len(targets)), 0
     for piece in make_pieces():
+        n_samples += len(piece)
         highest = max(highest, float(np.abs(piece).max(initial=0)))
         energy += np.square(piece, dtype=float).sum(0)
     gain = min(1.0, FULL_SCALE / max(highest, 1e-9))
@@ -200,7 +209,7 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
         files = []
         for target in targets:
             part = stack.enter_context(whole_file(target))
-            files.append(stack.enter_context(_create(part, target, sample_rate)))
+            files.append(stack.enter_context(_create(part, target, sample_rate, n_samples)))
         for piece in make_pieces():
             for file, track in zip(files, (gain * piece).T):
                 try:
@@ -225,10 +234,11 @@ def _format(target):
     return target.suffix.lstrip(".").lower()
 
 
-def _create(part, target, sample_rate):
+def _create(part, target, sample_rate, n_samples):
     name = _format(target)
+    container = "RF64" if name == "wav" and 2 * n_samples > MOST_OF_WAV else name.upper()
     try:
-        return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=name.upper())
+        return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=container)
     except soundfile.LibsndfileError as error:
         raise UserError(f"{target} could not be written: {error.error_string}") from None
 

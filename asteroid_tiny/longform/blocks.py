@@ -130,14 +130,14 @@ def make_consistent(estimates, mixture):
     Training on SI-SDR leaves the scale open (estimates five times too loud were seen), so first all
     get the gain with which their sum fits best. What is still missing is shared equally (S. Wisdom
     et al., "Differentiable consistency constraints for improved deep speech enhancement", ICASSP
-    2019).
+    2019). A single estimate is all that is wanted of the mixture, and gets the gain alone.
 
     Args:
         estimates (numpy.ndarray): (n_src, time)
         mixture (numpy.ndarray): (time,)
 
     Returns:
-        numpy.ndarray: (n_src, time), whose sum is the mixture.
+        numpy.ndarray: (n_src, time), whose sum is the mixture, if there are several.
 
     Examples:
         >>> sources = np.random.default_rng(0).normal(size=(2, 8000))
@@ -146,6 +146,8 @@ def make_consistent(estimates, mixture):
     """
     total = estimates.sum(0)
     gain = max(float(total @ mixture), 0.0) / (float(total @ total) + 1e-12)
+    if len(estimates) == 1:
+        return gain * estimates
     return gain * estimates + (mixture - gain * total) / len(estimates)
 
 
@@ -160,13 +162,13 @@ def _separate_blocks(
             f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
             f"longer than {max(overlap, 0):g} s"
         )
-    device = next(iter(getattr(model, "parameters", list)()), torch.empty(0)).device
+    parameter = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
     for batch in _batches(cut(pieces, size, hop), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
             raise UserError("the recording holds samples that are NaN or infinite")
         with torch.inference_mode():
-            estimates = model(torch.from_numpy(mixtures).to(device)).float().cpu().numpy()
+            estimates = model(torch.from_numpy(mixtures).to(parameter)).float().cpu().numpy()
         if not np.isfinite(estimates).all():
             raise UserError("the model gives samples that are NaN or infinite")
         for (start, mixture), found in zip(batch, estimates):
@@ -287,7 +289,7 @@ def separate_file(
         def tracks():
             stored = resample((x.T for x in whole.tracks()), rate, recording.sample_rate)
             stored = fit(stored, recording.n_read)
-            if not mixture_consistency or recording.sample_rate == rate:
+            if not mixture_consistency or recording.sample_rate == rate or whole.n_src == 1:
                 yield from stored
                 return
             with open_recording(path) as again:

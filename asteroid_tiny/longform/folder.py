@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import reason
 from ..inspection import DEFAULT, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
 from .blocks import BLOCK, separate_file
@@ -68,7 +69,10 @@ def separate_all(
         "peak": peak,
     }
     began, seconds, n_before, failed, written = time.monotonic(), 0.0, 0, [], {}
-    found = find_recordings(files)
+    try:
+        found = find_recordings(files)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {reason(error)}") from None
     if not found:
         raise UserError(f"there are no recordings in {', '.join(files)}")
     recordings = [path for path in found if not _is_output(path, out, found)]
@@ -89,9 +93,10 @@ def separate_all(
                 continue
             done = _separate_one(network, path, targets, options)
             written[targets[0]] = path
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: of a name too long, a folder closed to us
             failed.append(path)
-            print(f"error: {error}", file=sys.stderr)
+            told = error if isinstance(error, UserError) else f"{path}: {reason(error)}"
+            print(f"error: {told}", file=sys.stderr)
             continue
         seconds += done["seconds"]
         print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
@@ -142,11 +147,13 @@ def is_done(targets, path, force=False):
     there = [target for target in targets if target.exists()]
     if any(target.samefile(path) for target in there if path.exists()):
         raise UserError(f"{path} would be written over by its own output; give another folder (-o)")
-    if force or not there:
+    if not there:
         return False
     more = targets[-1].with_name(f"{path.stem}_est{len(targets) + 1}{targets[-1].suffix}")
-    if more.exists():
+    if more.exists():  # beside which others would look like its fellows
         raise UserError(f"{more} is of a model of more speakers; give another folder (-o)")
+    if force:
+        return False
     if len(there) < len(targets):
         raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
     if path.exists() and path.suffix.lower() != ".mp3":  # of which the length may be an estimate
