@@ -17,9 +17,11 @@ import torch
 from .errors import UserError
 from .files import whole_file
 from .hub import example_mixture
+from .models import Sepformer
 
 LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
 TOLERANCE = 1e-3  # of the largest sample of the estimates, for fp32
+SILENCE = 1e-3  # sample value that silence may become
 MOST_SIZE = 0.35  # of an int8 file, relative to fp32
 LEAST_DB = 20.0  # SI-SDR of the estimates of int8 with respect to fp32
 PROVENANCE = ("name", "licence", "training", "metrics", "made_with")  # of what is told of a model
@@ -88,15 +90,22 @@ def save_fp32(model, path):
     _import("onnxscript")
     n_shortest = model.encoder.filterbank.kernel_size
     example = torch.zeros(1, max(TRACED_LENGTH, 2 * n_shortest))
-    program = torch.onnx.export(
-        model.eval(),
-        (example,),
-        dynamo=True,
-        verbose=False,
-        input_names=["mixture"],
-        output_names=["estimates"],
-        dynamic_shapes=({1: torch.export.Dim.AUTO},),
-    )
+    try:
+        program = torch.onnx.export(
+            model.eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=["mixture"],
+            output_names=["estimates"],
+            dynamic_shapes=({1: torch.export.Dim.AUTO},),
+        )
+    except Exception as error:  # of many classes, and of a hundred lines
+        what = type(error.__cause__ or error).__name__
+        raise UserError(
+            f"PyTorch's exporter does not take this {type(model).__name__} ({what}), as those of "
+            "one source or with some filterbanks"
+        ) from error
     program.save(path)
     make_small(path)
 
@@ -162,7 +171,14 @@ def check_lengths(model, path):
                 "the largest sample); it was not kept"
             )
         worst = max(worst, error)
+    check_silence(separator)
     return worst
+
+
+def check_silence(separator):
+    """Raises a `UserError` if an `OnnxSeparator` gives anything for silence."""
+    if not separator(torch.zeros(1, LENGTHS[0])).abs().max() <= SILENCE:  # NaN neither
+        raise UserError("the ONNX file does not leave silence silent; it was not kept")
 
 
 def save_int8(path, sample_rate, speech=None):
@@ -182,7 +198,9 @@ def save_int8(path, sample_rate, speech=None):
     try:
         quantization.quantize_dynamic(path, small, weight_type=quantization.QuantType.QInt8)
         make_small(small)
-        found = OnnxSeparator(small, sample_rate=sample_rate)(speech[None])
+        quantized = OnnxSeparator(small, sample_rate=sample_rate)
+        check_silence(quantized)
+        found = quantized(speech[None])
         si_sdr = -pairwise_neg_sisdr(found, wanted)[0].diagonal().min().item()
         size = small.stat().st_size / fp32_bytes
         if si_sdr < LEAST_DB or size > MOST_SIZE:
@@ -248,7 +266,7 @@ class OnnxSeparator(torch.nn.Module):
         self.n_src = self.session.get_outputs()[0].shape[1]
 
     def forward(self, mixture):
-        mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu")
+        mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu").detach()
         if mixture.ndim > 2 and mixture.shape[-2] != 1:
             raise UserError(f"a mixture has one channel, not {mixture.shape[-2]}")
         batch = mixture.reshape(-1, mixture.shape[-1])
@@ -263,9 +281,7 @@ class OnnxSeparator(torch.nn.Module):
 
         return separate.separate(self, wav, **kwargs)
 
-    def forward_wav(self, wav):
-        """What Asteroid's `separate` calls."""
-        return self(wav)
+    forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls
 
 
 def _told(text):

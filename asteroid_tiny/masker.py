@@ -42,10 +42,15 @@ class GlobalNorm(nn.Module):
         if self.per_frame:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, NORM_EPS)
         # one scale and shift an item and channel, so that x alone is kept for the backward pass
-        var, mean = torch.var_mean(x.flatten(1), dim=1, correction=0)
+        wide = x.float() if x.dtype == torch.float16 else x  # where NORM_EPS would be 0
+        var, mean = torch.var_mean(wide.flatten(1), dim=1, correction=0)
         ones = (-1,) + (1,) * (x.ndim - 1)
-        scale = (var + NORM_EPS).rsqrt().reshape(ones) * self.weight
-        return x * scale + (self.bias - mean.reshape(ones) * scale)
+        if torch.compiler.is_exporting():  # to ONNX, where an addend of 1e-8 is taken for nothing
+            inverse_std = (var / NORM_EPS + 1).rsqrt() / NORM_EPS**0.5
+        else:
+            inverse_std = (var + NORM_EPS).rsqrt()
+        scale = inverse_std.reshape(ones) * self.weight
+        return (wide * scale + (self.bias - mean.reshape(ones) * scale)).to(x.dtype)
 
 
 class DualPathMasker(nn.Module):

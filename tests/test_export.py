@@ -56,6 +56,20 @@ def test_a_file_separates_as_models_do(exported, speech, refused):
         separator(batch[None])
 
 
+def test_a_file_takes_silence_and_gradients_as_models_do(exported, refused):
+    separator = OnnxSeparator(exported[1])
+    assert separator.separate(torch.zeros(1, 1, 8000)).isfinite().all()
+    assert separator(torch.randn(1, 800, requires_grad=True)).isfinite().all()
+    with refused("NaN or infinite"):
+        separator.separate(torch.full((1, 1, 8000), torch.nan))
+
+
+def test_what_the_exporter_does_not_take_is_one_sentence(tmp_path, refused):
+    with refused("exporter does not take this TinySepformer"):
+        export_onnx(small(n_src=1, **SIZES), tmp_path / "one.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_says_what_it_is(exported):
     model, path, _ = exported
     facts = {p.key: p.value for p in onnx.load(path).metadata_props}

@@ -50,6 +50,22 @@ def test_silence_and_constants_give_finite_outputs_and_gradients(model_class, mi
 
 
 @both_classes
+@pytest.mark.parametrize("level", [0.0, 1e-4, 1e-2])
+def test_silence_and_whispers_are_finite_in_float16(model_class, level):
+    model = small(model_class)
+    mixture = level * torch.randn(1, 2000)
+    with torch.inference_mode():
+        wanted = model(mixture)
+        model = model.half()
+        found = model(mixture.half())
+        assert found.dtype == torch.float16 and found.isfinite().all()
+        with torch.autocast("cpu", torch.float16):
+            assert small(model_class)(mixture).isfinite().all()
+    if level == 1e-2:
+        assert ratio_db(found.float(), wanted) > 30
+
+
+@both_classes
 @pytest.mark.parametrize("norm_type", ["gLN", "cLN"])
 def test_neighbours_in_a_batch_do_not_matter(model_class, norm_type):
     model = small(model_class, norm_type=norm_type)
