@@ -222,6 +222,10 @@ def export(options):
     print(f"{options.out}: {done['bytes'] / 1e6:.2f} MB, {told}")
 
 
+#: Options of what a new publish folder says.
+NEW = ("out", "name", "data_name", "data_licence", "data_url", "data_author", "licence", "half")
+
+
 def _publish_options(parser):
     parser.add_argument("source", help="folder of a run, a publish folder, or any model")
     parser.add_argument("--out", type=Path, help="folder to write (SOURCE/publish for a run)")
@@ -249,6 +253,7 @@ def publish(options):
     from . import publish as publishing
 
     folder = Path(options.source)
+    _refuse_idle(options, publishing.is_published(folder))
     if not publishing.is_published(folder):
         folder = _publish_run(options) if (folder / "conf.yml").exists() else _publish_any(options)
         print(f"publish folder: {folder}")
@@ -262,6 +267,19 @@ def publish(options):
         print(f"packaged model: {publishing.add_to_zoo(folder)}")
     if options.push:
         print(f"on the hub: {publishing.push(folder, options.push, options.private)}")
+
+
+def _refuse_idle(options, published):
+    """Refuses options that the source does not take, rather than publish what they contradict."""
+    idle = {"private": "without --push"} if not options.push else {}
+    if published:
+        ready = f"since {options.source} is published already; give the run or the model instead"
+        idle |= dict.fromkeys((*NEW, "summary", "made_by"), ready)
+    elif (Path(options.source) / "conf.yml").exists():
+        idle |= dict.fromkeys(("summary", "made_by"), "since a run has its own")
+    for key, why in idle.items():
+        if getattr(options, key):
+            raise UserError(f"--{'command' if key == 'made_by' else key} has no effect {why}")
 
 
 def _publish_run(options):
@@ -287,8 +305,9 @@ def _publish_any(options):
     foreign = is_speechbrain(options.source)
     told = {} if foreign else open_stored(locate(options.source)).infos
     load = Sepformer.from_speechbrain if foreign else from_pretrained
-    training = dict(told.get("training") or {})
-    data = training.pop("data", None) or {}
+    training = dict(told["training"]) if isinstance(told.get("training"), dict) else {}
+    data = training.pop("data", None)
+    data = data if isinstance(data, dict) else {}
     if options.data_name not in (None, data.get("name")):
         data = {}  # of other data, whose licence says nothing of these
     about = {

@@ -130,6 +130,9 @@ class FeedForward(nn.Module):
         hidden (int): Hidden channels.
         dropout (float): Dropout on the hidden channels, in [0, 1).
 
+    Its modules hold the parameters, but are not called: hooks on them do not run, and what replaces
+    them, as PyTorch's dynamic quantisation does, does not fit (`asteroid-tiny export` quantises).
+
     Shape:
         (.., chan) -> the same.
     """

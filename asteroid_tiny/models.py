@@ -143,8 +143,10 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             path (str or Path): The file, by custom ``*.pth``.
 
         Raises:
-            UserError: If the file cannot be written.
+            UserError: If the file cannot be written, or its name is one of another format.
         """
+        if str(path).endswith((".safetensors", ".onnx")):
+            raise UserError(f"{path}: save writes Asteroid's format; name the file *.pth")
         save_whole(self.serialize(), path)
 
     def save_pretrained(self, folder, half=False, **about):

@@ -167,6 +167,8 @@ def test_models_travel_as_dictionary_and_file(model_class, tmp_path):
     before = copy.deepcopy(conf["model_args"])
     path = tmp_path / "folder" / "model.pth"
     model.save(path)
+    with pytest.raises(models.UserError, match="name the file"):
+        model.save(tmp_path / "model.safetensors")
     plain = torch.load(path, weights_only=True)
     assert plain["model_name"] == model_class.__name__ and plain["infos"]["software_versions"]
     copies = [

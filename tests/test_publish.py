@@ -160,6 +160,18 @@ def test_any_model_is_published_and_packaged_from_the_command_line(
     assert all(torch.equal(twin.state_dict()[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "option", [["--name", "other"], ["--half"], ["--licence", "mit"], ["--out", "x"], ["--private"]]
+)
+def test_options_that_a_published_folder_does_not_take_are_refused(option, tmp_path, about, capsys):
+    folder = publish(small(), tmp_path / "p", about)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as left:
+        cli.main(["publish", str(folder), *option])
+    assert left.value.code == 2 and f"{option[0]} has no effect" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_what_a_model_tells_of_its_training_is_published_again(tmp_path, about, capsys):
     publish(small(), tmp_path / "p", about)
     (tmp_path / "summary.json").write_text(json.dumps(about["summary"]))
