@@ -305,9 +305,8 @@ def _publish_any(options):
     foreign = is_speechbrain(options.source)
     told = {} if foreign else open_stored(locate(options.source)).infos
     load = Sepformer.from_speechbrain if foreign else from_pretrained
-    training = dict(told["training"]) if isinstance(told.get("training"), dict) else {}
-    data = training.pop("data", None)
-    data = data if isinstance(data, dict) else {}
+    training = dict(told.get("training", {}))
+    data = training.pop("data", {})
     if options.data_name not in (None, data.get("name")):
         data = {}  # of other data, whose licence says nothing of these
     about = {

@@ -18,6 +18,7 @@ from .errors import UserError
 from .files import whole_file
 from .hub import example_mixture
 from .models import Sepformer
+from .weights import told
 
 LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
 TOLERANCE = 1e-3  # of the largest sample of the estimates, for fp32
@@ -63,8 +64,8 @@ def export_onnx(model, path, quantize=None, speech=None, about=None):
         facts = {"sample_rate": f"{model.sample_rate:g}", "n_src": str(model.masker.n_src)}
         facts |= {"model": type(model).__name__, "args": json.dumps(model.get_model_args())}
         facts |= {"precision": quantize or "fp32", "made_by": "asteroid_tiny"}
-        told = {key: about[key] for key in PROVENANCE if key in about} if about else {}
-        facts["about"] = json.dumps(told, default=str)
+        provenance = {key: about[key] for key in PROVENANCE if key in about} if about else {}
+        facts["about"] = json.dumps(provenance, default=str)
         facts["shortest"] = str(model.encoder.filterbank.kernel_size)
         onnx.helper.set_model_props(file, facts)
         onnx.save(file, part)
@@ -285,14 +286,11 @@ class OnnxSeparator(torch.nn.Module):
 
 
 def _told(text):
-    """A stranger's JSON of what `PROVENANCE` names; nothing if it is anything else."""
+    """What a stranger's JSON tells; nothing if it is none."""
     try:
-        about = json.loads(text)
+        return told(json.loads(text))
     except ValueError:
-        about = None
-    parts = ("training", "metrics")
-    fits = isinstance(about, dict) and all(isinstance(about.get(k, {}), dict) for k in parts)
-    return about if fits else {}
+        return {}
 
 
 def _import(name):

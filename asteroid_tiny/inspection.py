@@ -44,13 +44,8 @@ def open_model(name=None):
 
 def speech_of(about):
     """What kind of speech a model was trained on, from what is told about it (str), or None."""
-    data = _part(_part(about, "training"), "data")
+    data = about.get("training", {}).get("data", {})
     return data.get("name") or about.get("dataset")
-
-
-def _part(about, key):
-    """A dict that a stranger told, empty if it is none."""
-    return about[key] if isinstance(about.get(key), dict) else {}
 
 
 def made_for(name, model, about):
@@ -110,8 +105,8 @@ def describe(model, about):
 
 
 def _metrics(about):
-    metrics = {k: v for k, v in _part(about, "metrics").items() if k in SHOWN}
-    return ", ".join(f"{k} {v:.3g}" for k, v in metrics.items() if isinstance(v, (int, float)))
+    metrics = {k: v for k, v in about.get("metrics", {}).items() if k in SHOWN and v is not None}
+    return ", ".join(f"{k} {v:.3g}" for k, v in metrics.items())
 
 
 def _operations(model):

@@ -45,10 +45,8 @@ class GlobalNorm(nn.Module):
         wide = x.float() if x.dtype == torch.float16 else x  # where NORM_EPS would be 0
         var, mean = torch.var_mean(wide.flatten(1), dim=1, correction=0)
         ones = (-1,) + (1,) * (x.ndim - 1)
-        if torch.compiler.is_exporting():  # to ONNX, where an addend of 1e-8 is taken for nothing
-            inverse_std = (var / NORM_EPS + 1).rsqrt() / NORM_EPS**0.5
-        else:
-            inverse_std = (var + NORM_EPS).rsqrt()
+        # not rsqrt(var + NORM_EPS): ONNX's exporter takes an addend of 1e-8 for nothing
+        inverse_std = (var / NORM_EPS + 1).rsqrt() / NORM_EPS**0.5
         scale = inverse_std.reshape(ones) * self.weight
         return (wide * scale + (self.bias - mean.reshape(ones) * scale)).to(x.dtype)
 

@@ -222,7 +222,7 @@ def open_stored(path):
         shapes={key: tuple(s.get_shape()) for key, s in slices.items()},
         floats={key: s.get_dtype() in ("F16", "BF16", "F32", "F64") for key, s in slices.items()},
         read=file.get_tensor,
-        infos=config,
+        infos=told(config),
     )
 
 
@@ -249,8 +249,24 @@ def from_dict(conf, where):
         shapes={key: tuple(tensor.shape) for key, tensor in state.items()},
         floats={key: tensor.is_floating_point() for key, tensor in state.items()},
         read=state.__getitem__,
-        infos=conf["infos"] if isinstance(conf.get("infos"), dict) else {},
+        infos=told(conf.get("infos")),
     )
+
+
+def told(infos):
+    """What a stranger tells of a model, without the parts that are not what they should be (dict).
+
+    `training`, `data` in it and `metrics` are dictionaries, if they are there; metrics are numbers
+    or None.
+    """
+    infos = dict(infos) if isinstance(infos, dict) else {}
+    for key in ("training", "metrics"):
+        infos[key] = dict(infos[key]) if isinstance(infos.get(key), dict) else {}
+    if not isinstance(infos["training"].get("data", {}), dict):
+        del infos["training"]["data"]
+    numbers = (int, float, type(None))
+    infos["metrics"] = {k: v for k, v in infos["metrics"].items() if isinstance(v, numbers)}
+    return {key: value for key, value in infos.items() if value != {}}
 
 
 def _is_plain(tensor):
