@@ -33,6 +33,7 @@ from .files import whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
 from .preparation import open_list, open_training
+from .transfer import copy_weights
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
 #: Arguments of a model that its weights need not share with those that they begin with.
@@ -114,29 +115,6 @@ def train_model(exp_dir, settings):
     model.save(target)  # last: it says that the training is done
     print(f"  {outcome['steps']} steps, best validation SI-SDR {outcome['val_si_sdr']:.2f} dB")
     print(f"  model: {target}")
-
-
-def copy_weights(model, name_or_path):
-    """Gives a model the weights of another of the same sizes, to go on from there.
-
-    From a model of another number of sources all weights come but those of the one layer that makes
-    a signal for each source, which stay as they are.
-
-    Raises:
-        UserError: If there is no such model or it has other sizes.
-    """
-    other = type(model).from_pretrained(name_or_path)
-    weights = other.state_dict()
-    if other.masker.n_src != model.masker.n_src:
-        own = model.state_dict()
-        weights.update({key: own[key] for key in own if key.startswith("masker.to_sources.")})
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise UserError(
-            f"--init_from {name_or_path} has other sizes than this run's model; give its preset "
-            "as an option"
-        ) from None
 
 
 def trained_model(exp_dir, settings):

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import recipes
+import soundfile
 import torch
+from scipy.signal import resample_poly
 
-from asteroid_tiny import TinySepformer, from_pretrained
+from asteroid_tiny import TinySepformer, example_mixture, from_pretrained
 from asteroid_tiny.config import read_conf
-from asteroid_tiny.recipe import evaluate_model, publish_model, train_model
+from asteroid_tiny.recipe import build_model, evaluate_model, publish_model, train_model
+from asteroid_tiny.transfer import copy_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = "tiny-sepformer-xs_2spk_8k"
@@ -25,7 +28,8 @@ def make_run(little_speech, tmp_path):
     few = dict(
         speech=str(little_speech), check=False, n_valid=2, n_test=3, eval_segment=1.0, lr=1e-9
     )
-    return lambda **more: recipes.prepare(tmp_path, "minispeech", **few, **AS_PACKAGED, **more)
+    few |= AS_PACKAGED
+    return lambda **more: recipes.prepare(tmp_path, "minispeech", **{**few, **more})
 
 
 @pytest.fixture
@@ -62,6 +66,36 @@ def test_weights_for_two_sources_begin_a_training_for_three(make_run):
     for key, value in from_pretrained(PACKAGED).state_dict().items():
         if not key.startswith("masker.to_sources."):
             torch.testing.assert_close(trained.state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_filters, agreement", [(128, 25), (256, 12)])
+def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agreement, make_run):
+    frames = dict(n_filters=n_filters, kernel_size=128, stride=64)  # 8 ms and 4 ms, as packaged
+    raised = build_model({**make_run()[1], "sample_rate": 16000, **frames}).eval()
+    copy_weights(raised, PACKAGED)
+    mixture, _ = soundfile.read(example_mixture(), dtype="float32")
+    wide = torch.from_numpy(resample_poly(mixture, 2, 1))
+    with torch.no_grad():
+        estimates = from_pretrained(PACKAGED)(torch.from_numpy(mixture))
+        lowered = torch.from_numpy(resample_poly(raised(wide).numpy(), 1, 2, axis=-1))
+    error = (lowered[..., : estimates.shape[-1]] - estimates).square().sum(-1)
+    assert (10 * torch.log10(estimates.square().sum(-1) / error) > agreement).all()
+
+
+@pytest.mark.parametrize(
+    "frames, words",
+    [
+        ({}, ("8000 Hz", "--n_filters 256 --kernel_size 128 --stride 64")),
+        (dict(n_filters=64, kernel_size=128, stride=64), ("8000 Hz", "--n_filters 256")),
+        (dict(n_filters=256, kernel_size=128, stride=64, bn_chan=64), ("other sizes",)),
+    ],
+)
+def test_weights_of_another_rate_are_refused_unless_frames_last_as_long(
+    frames, words, make_run, refused
+):
+    model = build_model({**make_run()[1], "sample_rate": 16000, **frames})
+    with refused(PACKAGED, *words):
+        copy_weights(model, PACKAGED)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Weights of one model for the start of another: of other sources, or of a higher sample rate."""
+
+import asteroid_filterbanks
+import torch
+from scipy.signal import resample_poly
+
+from .errors import UserError
+
+ENCODER, DECODER = "encoder.filterbank._filters", "decoder.filterbank._filters"
+TO_MASK = "masker.to_mask.weight"
+
+
+def copy_weights(model, name_or_path):
+    """Gives a model the weights of another of the same sizes, to go on from there.
+
+    From a model of another number of sources all weights come but those of the one layer that makes
+    a signal for each source, which stay as they are. From one of a lower sample rate whose filters
+    and hops last as long, they come by `raise_rate`.
+
+    Raises:
+        UserError: If there is no such model, or it has other sizes or another rate than that.
+    """
+    other = type(model).from_pretrained(name_or_path)
+    weights, own = other.state_dict(), model.state_dict()
+    if other.masker.n_src != model.masker.n_src:
+        weights.update({key: own[key] for key in own if key.startswith("masker.to_sources.")})
+    if other.sample_rate != model.sample_rate:
+        if not _lasts_as_long(model, other):
+            ratio, filters = model.sample_rate / other.sample_rate, other.encoder.filterbank
+            sizes = " ".join(
+                f"--{name} {ratio * getattr(filters, name):g}"
+                for name in ("n_filters", "kernel_size", "stride")
+            )
+            hint = f"; it wants filters as long as its own: {sizes}" if ratio > 1 else ""
+            raise UserError(
+                f"--init_from {name_or_path} is a model for {other.sample_rate:g} Hz, not for "
+                f"{model.sample_rate:g} Hz{hint}"
+            )
+        weights = raise_rate(weights, own, round(model.sample_rate), round(other.sample_rate))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(
+            f"--init_from {name_or_path} has other sizes than this run's model; give its preset "
+            "as an option"
+        ) from None
+
+
+def _lasts_as_long(model, other):
+    """Whether a frame lasts as long in a model of free filters as in another of a lower rate."""
+    ratio = model.sample_rate / other.sample_rate
+    filters, others = model.encoder.filterbank, other.encoder.filterbank
+    return (
+        ratio > 1
+        and all(isinstance(bank, asteroid_filterbanks.FreeFB) for bank in (filters, others))
+        and filters.kernel_size == ratio * others.kernel_size
+        and filters.stride == ratio * others.stride
+        and len(filters._filters) >= len(others._filters)
+        and len(filters._filters) % 2 == len(others._filters) % 2 == 0
+    )
+
+
+def raise_rate(weights, own, sample_rate, old_rate):
+    """Weights of a model for a higher sample rate, which does in the old band what the model did.
+
+    The filters are interpolated. Where the new model has more of them, these stay as they are,
+    count for nothing at first in what the masker reads, and get the mean mask of the upper quarter
+    of the old ones. Filters are taken to be in the order of `filterbanks.sinusoid_pairs`, by
+    frequency and then the same with opposite sign, so that the new ones are of the upper band.
+
+    Args:
+        weights (dict): `state_dict` of the old model.
+        own (dict): Of the new model, with filters that last as long as the old ones.
+        sample_rate, old_rate (int): Of the new and the old model, in Hz.
+
+    Returns:
+        dict: `state_dict` for the new model.
+    """
+    n, n_old = len(own[ENCODER]), len(weights[ENCODER])
+    kept = torch.cat([torch.arange(n_old // 2), torch.arange(n_old // 2) + n // 2])
+    raised = dict(weights)
+    for key, gain in ((ENCODER, old_rate / sample_rate), (DECODER, 1.0)):
+        filters = resample_poly(weights[key].double().numpy(), sample_rate, old_rate, axis=-1)
+        raised[key] = own[key].clone()
+        raised[key][kept] = gain * torch.from_numpy(filters).float()
+    for key in ("masker.norm.weight", "masker.norm.bias"):
+        raised[key] = own[key].clone()
+        raised[key][kept] = weights[key]
+    raised["masker.norm.weight"] *= (n_old / n) ** 0.5  # whose power is shared with silent channels
+    read = weights["masker.bottleneck.weight"]
+    raised["masker.bottleneck.weight"] = read.new_zeros(len(read), n)
+    raised["masker.bottleneck.weight"][:, kept] = read
+    rows = weights[TO_MASK].unflatten(0, (2, -1))  # of the filters and of their opposites
+    upper = rows[:, -max(1, n_old // 8) :].mean(1, keepdim=True)
+    raised[TO_MASK] = torch.cat([rows, upper.expand(-1, (n - n_old) // 2, -1)], 1).flatten(0, 1)
+    return raised
