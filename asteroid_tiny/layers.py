@@ -110,13 +110,20 @@ class DepthwiseSeparableConv(nn.Module):
         Shape:
             (batch, chunks, chunk, chan) -> the same.
         """
-        # With the channels as the innermost dimension this is an image in channels-last memory.
-        image = x.permute(0, 3, 1, 2)
-        along = self.depthwise.weight.unsqueeze(2 if axis == INTRA else 3)
-        half = self.depthwise.kernel_size[0] // 2
-        padding = (0, half) if axis == INTRA else (half, 0)
-        image = F.conv2d(image, along, self.depthwise.bias, padding=padding, groups=x.shape[-1])
-        return self.pointwise(image.permute(0, 2, 3, 1))
+        # An image in channels-last memory, as high as the axis is long: oneDNN takes ten times as
+        # long to go back through one whose kernel is wide, or higher than the image.
+        image = x.flatten(0, 1).unsqueeze(2) if axis == INTRA else x
+        height, kernel_size = image.shape[1], self.depthwise.kernel_size[0]
+        if not is_traced() and height < kernel_size:
+            image = F.pad(image, (0, 0, 0, 0, 0, kernel_size - height))
+        image = F.conv2d(
+            image.permute(0, 3, 1, 2),
+            self.depthwise.weight.unsqueeze(3),
+            self.depthwise.bias,
+            padding=(kernel_size // 2, 0),
+            groups=x.shape[-1],
+        )
+        return self.pointwise(image[:, :, :height].permute(0, 2, 3, 1).reshape(x.shape))
 
 
 class FeedForward(nn.Module):

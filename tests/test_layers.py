@@ -70,9 +70,9 @@ def reference_layer(layer, x):
 
 @both_axes
 @pytest.mark.parametrize("path_norm", [True, False])
-@pytest.mark.parametrize("attn_chan", [8, 4, 12, 16])
-def test_conv_attention_layer_computes_its_equations(axis, path_norm, attn_chan):
-    layer = ConvAttentionLayer(16, 4, 24, attn_chan, conv_kernel_size=5, path_norm=path_norm)
+@pytest.mark.parametrize("attn_chan, kernel_size", [(8, 5), (8, 11), (4, 5), (12, 5), (16, 5)])
+def test_conv_attention_layer_computes_its_equations(axis, path_norm, attn_chan, kernel_size):
+    layer = ConvAttentionLayer(16, 4, 24, attn_chan, kernel_size, path_norm)
     layer = shaken(layer).double()
     x = torch.randn(2, 6, 9, 16, dtype=torch.double, requires_grad=True)
     y = torch.empty_like(x)
