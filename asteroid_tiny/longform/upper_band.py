@@ -2,8 +2,9 @@
 
 A model for 8000 Hz hears nothing above 4000 Hz, where a recording of a higher rate has much of its
 clarity. What the estimates leave of the recording is shared out sample by sample, in proportion to
-the power that they have in the upper part of their own band around it: whoever makes an "s" there
-makes it above, too. The tracks then sum to the recording, also to one of a lower rate than the
+the amplitude that they have in the upper part of their own band around it: whoever makes an "s"
+there makes it above, too. (Shared by power, the band above has 0.6 dB less SDR with the estimates
+of the packaged model.) The tracks then sum to the recording, also to one of a lower rate than the
 model's, of which the conversion takes a little off the top.
 """
 
@@ -12,9 +13,9 @@ import itertools
 import numpy as np
 from scipy.ndimage import uniform_filter1d
 
-WINDOW = 0.04  # s over which the power is measured
-DIFFERENCES = 3  # taken of the estimates, which leaves the upper part of their band
-FLOOR = 1e-12  # of the power; where there is less, all get the same share
+WINDOW = 0.04  # s over which the amplitude is measured
+DIFFERENCES = 5  # taken of the estimates, which leaves the upper part of their band
+FLOOR = 1e-12  # of its square; where there is less, all get the same share
 
 
 def share_rest(tracks, mixture, sample_rate):
@@ -55,8 +56,8 @@ def _shared(held, reach, margin):
     """What `share_rest` makes of all samples but `margin` on either side."""
     tracks, mixture = held[:, :-1], held[:, -1:]
     upper = np.diff(tracks, DIFFERENCES, axis=0, prepend=np.zeros((DIFFERENCES, tracks.shape[1])))
-    power = uniform_filter1d(upper**2, 2 * reach + 1, axis=0).clip(FLOOR)
-    share = power / power.sum(axis=1, keepdims=True)
+    amplitude = np.sqrt(uniform_filter1d(upper**2, 2 * reach + 1, axis=0).clip(FLOOR))
+    share = amplitude / amplitude.sum(axis=1, keepdims=True)
     return (tracks + share * (mixture - tracks.sum(axis=1, keepdims=True)))[margin:-margin]
 
 
