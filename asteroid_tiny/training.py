@@ -13,7 +13,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from asteroid.engine.system import System
-from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
+from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr, pairwise_neg_snr
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -42,7 +42,7 @@ BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
 say = rank_zero_only(print)
 
 
-def separation_loss(estimates, sources):
+def separation_loss(estimates, sources, keep_levels=False):
     """Negative SI-SDR in dB under the best permutation of each item, averaged.
 
     A silent source has no SI-SDR. In its place stands the energy of its estimate as a share of that
@@ -50,9 +50,15 @@ def separation_loss(estimates, sources):
     separation data?" (ICASSP 2021), but with the estimates for the mixture, since SI-SDR leaves
     their scale open. Neither counts for more than -30.
 
+    SI-SDR leaves also open how loud the estimates are beside each other, of which a model can make
+    use where sources are silent: it has the same output 30 dB softer than the others in every
+    mixture. `keep_levels` takes that away: instead of SI-SDR it is the SDR of the estimates under
+    the one gain, for all of a mixture, with which their sum fits that of the sources best.
+
     Args:
         estimates (torch.Tensor): (batch, n_src, time).
         sources (torch.Tensor): (batch, n_src, time); silent are those below `SILENT`.
+        keep_levels (bool): Whether estimates have to be as loud beside each other as the sources.
 
     Returns:
         torch.Tensor: The mean over the batch, a scalar.
@@ -72,7 +78,14 @@ def separation_loss(estimates, sources):
         share = energy / (energy.sum(1, keepdim=True) + 1e-8)
         leak = 10 * torch.log10(share + 10 ** (-BEST_POSSIBLE_DB / 10))
         silent = sources.square().mean(-1) < SILENT**2
-        pairwise = pairwise_neg_sisdr(estimates, sources).clamp(min=-BEST_POSSIBLE_DB)
+        if keep_levels:
+            total = estimates.sum(1, keepdim=True)
+            fit = (total * sources.sum(1, keepdim=True)).sum(-1, keepdim=True)
+            gain = fit / (total.square().sum(-1, keepdim=True) + 1e-8)
+            pairwise = pairwise_neg_snr(gain * estimates, sources)
+        else:
+            pairwise = pairwise_neg_sisdr(estimates, sources)
+        pairwise = pairwise.clamp(min=-BEST_POSSIBLE_DB)
         loss, _ = PITLossWrapper.find_best_perm(torch.where(silent[:, None], leak, pairwise))
     return loss.mean()
 
@@ -80,8 +93,14 @@ def separation_loss(estimates, sources):
 class SeparationSystem(System):
     """Asteroid's `System` with SI-SDR in its logs and a validation loss that all processes share.
 
-    Its batches are (mixtures, sources): (batch, time) and (batch, n_src, time).
+    Its batches are (mixtures, sources): (batch, time) and (batch, n_src, time). A training that has
+    silent sources keeps levels, see `separation_loss`.
     """
+
+    def common_step(self, batch, batch_nb, train=True):
+        mixtures, sources = batch
+        keep_levels = train and bool(self.config.get("silent_sources"))
+        return self.loss_func(self(mixtures), sources, keep_levels=keep_levels)
 
     def training_step(self, batch, batch_nb):
         loss = self.common_step(batch, batch_nb)

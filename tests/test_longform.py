@@ -15,7 +15,8 @@ from small import small
 
 from asteroid_tiny import TinySepformer
 from asteroid_tiny.longform import audio, separate_file, separate_long, separate_stream
-from asteroid_tiny.longform.blocks import cut, make_consistent
+from asteroid_tiny.longform.blocks import cut
+from asteroid_tiny.longform.levels import make_consistent
 from asteroid_tiny.longform.tracking import CEPSTRA, Block, SpeakerTracker
 from asteroid_tiny.longform.upper_band import share_rest
 
@@ -91,11 +92,14 @@ def test_outputs_of_any_scale_are_brought_to_sum_to_the_mixture(valid_speech):
     speakers = list(valid_speech.by_speaker)[:2]
     sources = conversation(valid_speech, speakers, 8)
     estimates = 5 * sources + 0.2 * sources[::-1]
-    found = make_consistent(estimates, sources.sum(0))
+    found = make_consistent(estimates, sources.sum(0), RATE)
     np.testing.assert_allclose(found.sum(0), sources.sum(0), atol=1e-6)
     assert ((found - sources) ** 2).sum() < 0.01 * (sources**2).sum()
+    alone = np.stack([sources[0], 0.001 * sources[0]])  # and another file 60 dB below
+    found = make_consistent(np.float32(0.9) * alone, sources[0] + 0.01 * sources[1], RATE)
+    assert found[1].std() < 0.002 * found[0].std()
     silence = np.zeros((2, 100), np.float32)
-    np.testing.assert_array_equal(make_consistent(silence, silence[0]), silence)
+    np.testing.assert_array_equal(make_consistent(silence, silence[0], RATE), silence)
     tracks = separate_long(Shares(0.1, 0.2, 0.1), sources.sum(0), block=2.0, overlap=1.0)
     np.testing.assert_allclose(tracks.sum(0), sources.sum(0), atol=1e-6)
 

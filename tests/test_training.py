@@ -16,7 +16,7 @@ from asteroid_tiny.config import read_conf
 from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
 from asteroid_tiny.report import write_curves
 from asteroid_tiny.schedule import Schedule
-from asteroid_tiny.training import separation_loss, train
+from asteroid_tiny.training import SeparationSystem, separation_loss, train
 
 SIZES = dict(n_filters=16, kernel_size=32, stride=16, bn_chan=16, ff_hid=16, n_heads=2)
 DEPTH = dict(chunk_size=20, n_repeats=1, n_intra_layers=1, n_inter_layers=1)
@@ -67,6 +67,27 @@ def test_the_loss_is_negative_si_sdr_of_the_best_order():
     assert loss.item() == pytest.approx(-20, abs=1)
     assert separation_loss(estimates[:, [2, 0, 1]], sources).item() == pytest.approx(loss.item())
     assert separation_loss(3 * estimates.bfloat16(), sources).item() == pytest.approx(-20, abs=1)
+
+
+@pytest.mark.parametrize("silent_sources, costs", [(0.0, False), (0.2, True)])
+def test_an_output_that_is_always_soft_costs_where_sources_may_be_silent(silent_sources, costs):
+    sources = torch.randn(2, 3, 800)
+    soft = torch.tensor([[1.0], [1.0], [0.03]])
+
+    class Soft(torch.nn.Linear):
+        def forward(self, mixture):
+            return soft * (sources + 0.1 * sources.roll(1, dims=-1))
+
+    model = Soft(1, 1)
+    system = SeparationSystem(
+        model, torch.optim.SGD(model.parameters()), separation_loss, [],
+        config={"silent_sources": silent_sources},
+    )  # fmt: skip
+    batch = sources.sum(1), sources
+    assert (system.common_step(batch, 0).item() > -15) == costs
+    assert system.common_step(batch, 0, train=False).item() == pytest.approx(-20, abs=0.5)
+    soft[2] = 1  # as loud as the others
+    assert system.common_step(batch, 0).item() == pytest.approx(-20, abs=0.5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -16,6 +16,7 @@ import torch
 from ..errors import UserError
 from ..files import reason
 from .audio import check_formats, fit, open_recording, resample, scratch, write_tracks
+from .levels import make_consistent
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
@@ -41,7 +42,7 @@ def separate_stream(
         overlap (float): Overlap of two blocks in seconds, shorter than the block.
         batch_size (int): Blocks that the model gets at a time.
         mixture_consistency (bool): Whether the outputs are brought to sum to the recording, see
-            `make_consistent`.
+            `levels.make_consistent`.
         memory (bool): Whether voices count in who is who, see `SpeakerTracker`.
 
     Yields:
@@ -124,33 +125,6 @@ def cut(pieces, size, hop):
         yield 0, held
 
 
-def make_consistent(estimates, mixture):
-    """Brings estimates to sum to their mixture, moving each as little as possible.
-
-    Training on SI-SDR leaves the scale open (estimates five times too loud were seen), so first all
-    get the gain with which their sum fits best. What is still missing is shared equally (S. Wisdom
-    et al., "Differentiable consistency constraints for improved deep speech enhancement", ICASSP
-    2019). A single estimate is all that is wanted of the mixture, and gets the gain alone.
-
-    Args:
-        estimates (numpy.ndarray): (n_src, time)
-        mixture (numpy.ndarray): (time,)
-
-    Returns:
-        numpy.ndarray: (n_src, time), whose sum is the mixture, if there are several.
-
-    Examples:
-        >>> sources = np.random.default_rng(0).normal(size=(2, 8000))
-        >>> np.allclose(make_consistent(5 * sources, sources.sum(0)), sources)
-        True
-    """
-    total = estimates.sum(0)
-    gain = max(float(total @ mixture), 0.0) / (float(total @ total) + 1e-12)
-    if len(estimates) == 1:
-        return gain * estimates
-    return gain * estimates + (mixture - gain * total) / len(estimates)
-
-
 def _separate_blocks(
     model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True
 ):
@@ -172,7 +146,9 @@ def _separate_blocks(
         if not np.isfinite(estimates).all():
             raise UserError("the model gives samples that are NaN or infinite")
         for (start, mixture), found in zip(batch, estimates):
-            yield start, make_consistent(found, mixture) if mixture_consistency else found
+            if mixture_consistency:
+                found = make_consistent(found, mixture, model.sample_rate)
+            yield start, found
 
 
 def _batches(items, size):
@@ -260,7 +236,7 @@ def separate_file(
         progress (callable, optional): Told the seconds that were just done, and the length in
             seconds or None.
         mixture_consistency (bool): Whether the files are brought to sum to the recording, in the
-            model's band as `make_consistent` does and above as `upper_band` does.
+            model's band as `levels.make_consistent` does and above as `upper_band` does.
         **options: See `separate_stream`.
 
     Returns:

@@ -11,11 +11,10 @@ model's, of which the conversion takes a little off the top.
 import itertools
 
 import numpy as np
-from scipy.ndimage import uniform_filter1d
 
-WINDOW = 0.04  # s over which the amplitude is measured
+from .levels import reach, shares
+
 DIFFERENCES = 5  # taken of the estimates, which leaves the upper part of their band
-FLOOR = 1e-12  # of its square; where there is less, all get the same share
 
 
 def share_rest(tracks, mixture, sample_rate):
@@ -37,8 +36,7 @@ def share_rest(tracks, mixture, sample_rate):
         >>> np.allclose(shared.sum(1), mixture)
         True
     """
-    reach = round(WINDOW / 2 * sample_rate)
-    margin = reach + DIFFERENCES  # samples on either side that a share depends on
+    margin = reach(sample_rate) + DIFFERENCES  # samples on either side that a share depends on
     held = None
     for piece in _side_by_side(tracks, mixture, sample_rate):
         if held is None:
@@ -46,19 +44,18 @@ def share_rest(tracks, mixture, sample_rate):
             held = around
         held = np.concatenate([held, piece])
         if len(held) > 2 * margin:
-            yield _shared(held, reach, margin)
+            yield _shared(held, sample_rate, margin)
             held = held[-2 * margin :]
     if held is not None:
-        yield _shared(np.concatenate([held, around]), reach, margin)
+        yield _shared(np.concatenate([held, around]), sample_rate, margin)
 
 
-def _shared(held, reach, margin):
+def _shared(held, sample_rate, margin):
     """What `share_rest` makes of all samples but `margin` on either side."""
     tracks, mixture = held[:, :-1], held[:, -1:]
     upper = np.diff(tracks, DIFFERENCES, axis=0, prepend=np.zeros((DIFFERENCES, tracks.shape[1])))
-    amplitude = np.sqrt(uniform_filter1d(upper**2, 2 * reach + 1, axis=0).clip(FLOOR))
-    share = amplitude / amplitude.sum(axis=1, keepdims=True)
-    return (tracks + share * (mixture - tracks.sum(axis=1, keepdims=True)))[margin:-margin]
+    rest = mixture - tracks.sum(axis=1, keepdims=True)
+    return (tracks + shares(upper, sample_rate) * rest)[margin:-margin]
 
 
 def _side_by_side(tracks, mixture, sample_rate):
