@@ -178,7 +178,7 @@ def parse_options(options, known):
         key = name.removeprefix("--")
         if not name.startswith("--") or key not in known:
             raise UserError(f"there is no option {name}; ./run.sh --help lists them")
-        if text is None or text.startswith("--"):
+        if not text or text.startswith("--"):
             raise UserError(f"option {name} needs a value")
         if isinstance(known[key], str) or OF_NULL.get(key) is str:
             given[key] = None if key in OF_NULL and text == "null" else text

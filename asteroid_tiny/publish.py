@@ -70,8 +70,11 @@ def publish(model, folder, about, half=False, signals=None):
     """
     folder = Path(folder).absolute()
     _check(about, model)
-    if folder.exists() and any(folder.iterdir()) and not is_published(folder):
-        raise UserError(f"{folder} holds other files; choose another folder")
+    try:
+        if folder.exists() and any(folder.iterdir()) and not is_published(folder):
+            raise UserError(f"{folder} holds other files; choose another folder")
+    except OSError as error:
+        raise UserError(f"{folder} is no folder to publish to: {reason(error)}") from None
     if half:
         db = rounding_db(model, signals)
         half = db >= HALF_DB
@@ -82,7 +85,10 @@ def publish(model, folder, about, half=False, signals=None):
         conf["state_dict"] = {key: tensor.half() for key, tensor in conf["state_dict"].items()}
         model = type(model).from_pretrained(conf)
     metrics = {name: about["summary"]["groups"]["all"][name]["mean"] for name in METRICS}
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent} could not be made: {reason(error)}") from None
     with whole_folder(folder) as part:
         data = {key: about.get(f"data_{key}") for key in ("name", "licence", "url", "author")}
         config = model.save_pretrained(
@@ -274,9 +280,12 @@ def add_to_zoo(folder):
         Path: Its folder in the zoo.
 
     Raises:
-        UserError: If it cannot be written, as where the package is installed for all users.
+        UserError: If there is one of its name, or it cannot be written, as where the package is
+            installed for all users.
     """
     target = hub.ZOO / read_config(Path(folder) / CONFIG)["name"]
+    if target.exists():
+        raise UserError(f"{target} is there already; publish with another --name, or delete it")
     try:
         hub.ZOO.mkdir(exist_ok=True)
         with whole_folder(target) as part:

@@ -96,11 +96,11 @@ def train_model(exp_dir, settings):
         return
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
-    if settings["init_from"]:
-        copy_weights(model, settings["init_from"])
     if (exp_dir / "checkpoints" / "last.ckpt").exists():
         say("  continues from the last epoch")
     else:
+        if settings["init_from"]:
+            copy_weights(model, settings["init_from"])
         say(f"  begins with {settings['init_from'] or 'random'} weights")
     speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
@@ -180,7 +180,8 @@ def compare_packaged(exp_dir, settings):
             evaluate(from_pretrained(name), mixtures, folder, device, settings["eval_workers"])
         summary = json.loads((folder / "summary.json").read_text())
         mean = summary["groups"]["all"]["si_sdr_i"]["mean"]
-        print(f"The packaged {name} has an SI-SDRi of {mean:.2f} dB on the same mixtures.\n")
+        if mean is not None:
+            print(f"The packaged {name} has an SI-SDRi of {mean:.2f} dB on the same mixtures.\n")
 
 
 def on_gpu(settings):
@@ -212,6 +213,9 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
             f"the speech in {settings['speech']} is not that of the recipe, whose name and "
             f"licence it cannot bear; give {' and '.join(f'--{key}' for key in told)}"
         )
+    if settings["speech"] != defaults.get("speech"):  # nor who made it, nor where
+        for key in ("data_author", "data_url"):
+            settings[key] = None if settings[key] == defaults.get(key) else settings[key]
     summary = read_summary(exp_dir / "results" / "summary.json")
     model = trained_model(exp_dir, settings)
     try:
@@ -223,10 +227,12 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
         training["init_from"] = about_start(settings["init_from"])
     recipe_dir = recipe_folder(exp_dir)
     credits_file = recipe_dir / settings["speech"] / "CREDITS.txt"
-    rate = f"{settings['sample_rate'] / 1000:g}k"
+    name = f"{settings['preset']}_{settings['n_src']}spk_{settings['sample_rate'] / 1000:g}k"
+    if name in list_models():  # which would be loaded instead
+        name = f"{name}_{recipe_dir.parent.name}"
     about = {
         **{key: settings[key] for key in PUBLICATION},
-        "name": f"{settings['preset']}_{settings['n_src']}spk_{rate}",
+        "name": name,
         "recipe": f"{recipe_dir.parent.name}/{recipe_dir.name}",
         "training": training,
         "summary": summary,
@@ -268,7 +274,8 @@ def run_command(exp_dir, settings):
         if key not in MAY_CHANGE and value != defaults.get(key)
     }
     options = {"stage": 0, "recipe": recipe_folder(exp_dir).parent.name, **given}
-    told = (f"--{key} {shlex.quote(str(value))}" for key, value in options.items())
+    texts = {key: "null" if value is None else str(value) for key, value in options.items()}
+    told = (f"--{key} {shlex.quote(text)}" for key, text in texts.items())
     return f"./run.sh {' '.join(told)}"
 
 

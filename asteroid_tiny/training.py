@@ -3,6 +3,7 @@
 An "epoch" is a fixed number of steps, after each of which the model is validated and saved.
 """
 
+import errno
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
 from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .data.mixing import SILENT
 from .errors import UserError
+from .files import reason
 from .report import write_curves
 from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
@@ -272,7 +274,8 @@ def fit(trainer, system, exp_dir):
     """Trains on from the last checkpoint if there is one (Trainer, SeparationSystem, Path).
 
     Raises:
-        UserError: If another process of the training died, or somebody stopped it (Ctrl-C).
+        UserError: If another process of the training died, the disk is full, or somebody stopped it
+            (Ctrl-C).
     """
     last = exp_dir / "checkpoints" / "last.ckpt"
     try:
@@ -281,6 +284,10 @@ def fit(trainer, system, exp_dir):
         if not trainer.interrupted:
             raise
         raise UserError("stopped; the same command continues from the last checkpoint") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(f"{exp_dir} could not be written: {reason(error)}") from error
     except RuntimeError as error:
         if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise

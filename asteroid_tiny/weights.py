@@ -266,7 +266,20 @@ def told(infos):
         del infos["training"]["data"]
     numbers = (int, float, type(None))
     infos["metrics"] = {k: v for k, v in infos["metrics"].items() if isinstance(v, numbers)}
+    for key in ("steps", "hours"):
+        if not isinstance(infos["training"].get(key, 0), (int, float)):
+            del infos["training"][key]
+    if not _is_start(infos["training"].get("init_from")):
+        infos["training"].pop("init_from", None)
     return {key: value for key, value in infos.items() if value != {}}
+
+
+def _is_start(told):
+    """Whether that is what a card says of the weights that a training began with."""
+    if not isinstance(told, dict) or not isinstance(told.get("name"), str):
+        return False
+    data = told.get("data") or {"name": "", "licence": ""}
+    return isinstance(data, dict) and {"name", "licence"} <= data.keys()
 
 
 def _is_plain(tensor):

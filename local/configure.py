@@ -17,6 +17,9 @@ def main(recipe, tag, *options):
     base = ROOT / "local" / "conf.yml"
     defaults = read_recipe(base, recipe_dir / "conf.yml")
     given = parse_options(list(options), defaults)
+    corpus = given.get("corpus", defaults["corpus"])
+    if corpus != defaults["corpus"] and corpus not in ("kaldi", "own"):
+        raise UserError(f"--corpus {corpus} needs settings of its own: take --recipe {corpus}")
     for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
         if given.get(key) is None:
             continue

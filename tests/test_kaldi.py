@@ -217,6 +217,29 @@ def test_the_asked_rate_is_checked(make_dir, refused):
         SpeechDir(folder, 16000)
 
 
+@pytest.mark.parametrize(
+    "rate, channels, words", [(16000, 1, "has 16000 Hz where 8000 Hz"), (RATE, 2, "2 channels")]
+)
+def test_recordings_whose_lengths_are_told_are_checked_when_they_are_read(
+    rate, channels, words, make_dir, refused
+):
+    folder = make_dir({"anna": NOISE, "ben": NOISE})
+    samples = np.stack([NOISE] * channels, axis=-1)
+    other = next(folder.rglob("ben.wav"))
+    sf.write(other, samples, rate)
+    (folder / "utt2num_samples").write_text(f"anna {len(NOISE)}\nben {len(NOISE)}\n")
+    speech = SpeechDir(folder, RATE)
+    speech.read("anna")
+    with refused(f"{other}", words):
+        speech.read("ben")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(make_dir):
+    folder = make_dir({"anna": NOISE})
+    (folder / "spk2gender").write_text("anna f\n", encoding="utf-8-sig")
+    assert SpeechDir(folder).spk2gender == {"anna": "f"}
+
+
 def test_commands_in_wav_scp_are_refused_and_not_run(make_dir, refused, tmp_path):
     folder = make_dir({"anna": NOISE})
     ran = tmp_path / "ran"

@@ -1,6 +1,9 @@
 """Speech of the user's own: layouts, splits and rates, on voices of the embedded pack."""
 
 import os
+import resource
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -136,6 +139,56 @@ def test_a_table_says_who_goes_where(make, voices):
     assert "speaker_5" in made["test"].by_speaker
 
 
+def test_a_table_beside_train_says_nothing_of_test(make, voices, refused):
+    names = sorted(path.name for path in voices.glob("speaker*"))
+    for i, name in enumerate(names):
+        part = voices / ("test" if i < 2 else "train")
+        part.mkdir(exist_ok=True)
+        (voices / name).rename(part / name)
+    table = voices / "train" / "spk2split"
+    lines = [f"speaker_{i} {'train' if i < 5 else 'valid'}\n" for i in range(2, 8)]
+    table.write_text("".join(lines))
+    made = make(voices)
+    assert [len(made[split].by_speaker) for split in SPLITS] == [3, 3, 2]
+    table.write_text("".join(lines[:-1]) + "speaker_7 test\n")
+    with refused("'speaker_7': must be train or valid, not 'test'"):
+        make(voices)
+
+
+def test_tables_that_the_source_has_no_more_go(make, pack, tmp_path):
+    source = shutil.copytree(pack / "valid", tmp_path / "source")
+    who = {u.recording: u.speaker for s in make(source, n_src=1).values()
+           for u in s.utterances.values()}  # fmt: skip
+    for table in ("segments", "spk2gender"):
+        (source / table).unlink()
+    (source / "utt2spk").write_text("".join(f"{key} {speaker}\n" for key, speaker in who.items()))
+    for speech in make(source, n_src=1).values():
+        assert set(speech.utterances) <= set(who) and not speech.spk2gender
+
+
+def test_a_recording_without_speaker_is_refused(make, pack, tmp_path, refused):
+    source = shutil.copytree(pack / "valid", tmp_path / "source")
+    kept = (source / "utt2spk").read_text().splitlines(keepends=True)[:-1]
+    (source / "utt2spk").write_text("".join(kept))
+    with refused("utt2spk names no speaker for utterance"):
+        make(source, n_src=1)
+
+
+def test_a_full_disk_leaves_no_half_of_a_conversion(tmp_path, clips, refused):
+    source = tmp_path / "a.wav"
+    sf.write(source, np.tile(next(iter(clips.values())), 4), 16000)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, most[1]))
+    try:
+        with refused("a.flac could not be written"):
+            own.convert(source, tmp_path / "made" / "a.flac", 8000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "made").iterdir())
+
+
 def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
     with refused("8 speaker(s)", "9 are needed"):
         make(voices, n_src=3)
@@ -145,7 +198,7 @@ def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
     with refused("neither wav.scp nor a folder"):
         make(tmp_path / "empty")
     (voices / "spk2split").write_text("speaker_0 dev\n")
-    with refused("'dev' is no split"):
+    with refused("'speaker_0': must be train or valid or test, not 'dev'"):
         make(voices)
     (voices / "spk2split").write_text("".join(f"speaker_{i} train\n" for i in range(8)))
     with refused("spk2split gives no speaker to valid"):

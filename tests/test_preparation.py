@@ -1,5 +1,8 @@
 """Stages 0 and 1 beside the speech itself: where a run lies, what is verified, idle options."""
 
+import subprocess
+import sys
+
 import pytest
 from recipes import ROOT, few_minutes, settings_of
 
@@ -34,6 +37,19 @@ def test_the_speech_of_the_repository_is_verified_and_nobody_elses(recipe, refus
         prepare_speech(recipe / "exp" / "run", settings)
     elsewhere = (recipe / "data").rename(tmp_path / "elsewhere")
     prepare_speech(recipe / "exp" / "run", {**settings, "speech": str(elsewhere)})
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        (["--corpus", "librimix"], "take --recipe librimix"),
+        (["--speech", ""], "option --speech needs a value"),
+    ],
+)
+def test_options_that_name_nothing_are_refused(option, words):
+    command = [sys.executable, ROOT / "local" / "configure.py", "minispeech", "none", *option]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

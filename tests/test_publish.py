@@ -153,6 +153,9 @@ def test_any_model_is_published_and_packaged_from_the_command_line(
     cli.main([*options, *metrics, "--data_licence", "CC0"])
     cli.main(["publish", out, "--zoo"])
     assert list_models()["a-model"]["training"]["data"]["licence"] == "CC0"
+    with pytest.raises(SystemExit):
+        cli.main(["publish", out, "--zoo"])
+    assert "a-model is there already; publish with another --name" in capsys.readouterr().err
     assert "pytorch_model.bin" in (tmp_path / "out" / "README.md").read_text()
     card = (tmp_path / "zoo" / "a-model" / "README.md").read_text()
     assert "pytorch_model.bin" not in card and "Corpus" in card  # that file is not packaged

@@ -73,6 +73,9 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     findings = []
     wavs, speakers = (_table(folder / name, findings) for name in ("wav.scp", "utt2spk"))
     segments = _table(folder / "segments", findings) if (folder / "segments").exists() else {}
+    for name in ("spk2gender", "spk2production", "utt2num_samples"):
+        if (folder / name).exists():
+            _table(folder / name, findings)
     inside = collections.defaultdict(dict)  # by recording: utterances with start and end in s
     for key in segments or wavs:
         try:

@@ -94,7 +94,9 @@ class SpeechDir:
         length = where.length - start if length is None else length
         first = where.start + start
         wav = self.wavs[where.recording]
-        samples = self._cache.read(wav, first, first + length)
+        samples = self._cache.read(wav, first, first + length, self.recorded_rate)
+        if samples.ndim > 1 and not self.first_channel:
+            raise UserError(f"{wav} has {samples.shape[1]} channels; speech must be mono")
         if len(samples) != length:
             raise UserError(f"{wav} is shorter than it was when {self.path} was made; make it anew")
         return samples
@@ -194,7 +196,7 @@ def read_table(path):
         UserError: If the file is missing, empty or no text, or a line is short or repeated.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a Kaldi data dir needs it") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -273,10 +275,10 @@ class RecordingCache:
         self._held = collections.OrderedDict()
         self._n_bytes = 0
 
-    def read(self, path, start, end):
-        """Samples `start` to `end` of the file, (end - start,), float32."""
+    def read(self, path, start, end, sample_rate=None):
+        """Samples `start` to `end` of a file of that rate, (end - start,), float32."""
         if path not in self._held:
-            self._held[path] = decode(path)
+            self._held[path] = decode(path, sample_rate)
             self._n_bytes += self._held[path].nbytes
             while len(self._held) > 1 and self._n_bytes > self.max_bytes:
                 _, given_up = self._held.popitem(last=False)
@@ -322,13 +324,16 @@ def check_finite(path, samples):
         raise UserError(f"{path} holds samples that are NaN or infinite")
 
 
-def decode(path):
+def decode(path, sample_rate=None):
     """All samples of a mono file: int16 where that loses nothing that was heard, else float32.
 
     Raises:
-        UserError: If the file is broken or holds NaN or infinite samples.
+        UserError: If the file is broken, of another rate than that which is given, or holds NaN or
+            infinite samples.
     """
     info = open_info(path)
+    if info.samplerate != (sample_rate or info.samplerate):
+        raise UserError(f"{path} has {info.samplerate} Hz where {sample_rate} Hz are needed")
     try:
         samples, _ = sf.read(path, dtype="float32")
     except (sf.LibsndfileError, OSError) as error:

@@ -166,11 +166,14 @@ def read_metadata(path):
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [_parse(row) for row in csv.DictReader(file)]
+            rows = [_parse(row) for row in csv.DictReader(file)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(f"{path} is not a file of LibriMix's metadata") from None
+    if not rows:
+        raise UserError(f"{path} names no mixtures")
+    return rows
 
 
 def _parse(row):
@@ -339,7 +342,10 @@ def fetch_archives(wanted, librispeech_url):
     if not wanted:
         return
     place = next(iter(wanted)).parent
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place} could not be made: {reason(error)}") from None
     size = sum(archive.size for archive in wanted.values())
     space = sum(archive.unpacked for archive in wanted.values()) + max(
         archive.size for archive in wanted.values()
@@ -365,6 +371,12 @@ def unpack(path, folder):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as part:
         try:
             shutil.unpack_archive(path, part)
+        except OSError as error:
+            if not error.errno:  # of the archive
+                raise UserError(
+                    f"{path} could not be unpacked ({error}); delete it to fetch it again"
+                ) from None
+            raise UserError(f"{path} could not be unpacked: {reason(error)}") from None
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} could not be unpacked ({error}); delete it to fetch it again"

@@ -311,7 +311,8 @@ def same_colour(sources, rng, spread):
     wanted = np.linspace(0, -12, BANDS) + rng.normal(0, spread, BANDS)
     filtered = []
     for samples in sources.numpy().astype(np.float64):
-        _, power = welch(samples, nperseg=256)
+        padded = np.pad(samples, (0, max(0, 256 - len(samples))))
+        _, power = welch(padded, nperseg=256)
         own = 10 * np.log10(power[:-1].reshape(BANDS, -1).mean(axis=1) + 1e-12)
         gains = wanted - (own - own.mean())
         gains = np.clip(gains - gains.mean(), -MOST_GAIN, MOST_GAIN)

@@ -12,6 +12,7 @@ added.
 """
 
 import hashlib
+import io
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from ..files import files_below, whole_file
 from .kaldi import decode, open_info, read_table
 
 SPLITS = ("train", "valid", "test")
+TABLES = ("wav.scp", "utt2spk", "segments", "spk2gender", "spk2production")
 SHARE = 0.1  # of the speakers for validation, and as many for test
 SUFFIXES = {f".{name.lower()}" for name in sf.available_formats()}
 SUFFIXES |= set(".aif .aifc .oga .opus .snd .sph .wave".split())
@@ -73,9 +75,12 @@ def read_part(folder):
     if not (folder / "wav.scp").exists():
         return read_folders(folder)
     tables = {}
-    for name in ("wav.scp", "utt2spk", "segments", "spk2gender", "spk2production"):
+    for name in TABLES:
         if name in ("wav.scp", "utt2spk") or (folder / name).exists():
             tables[name] = read_table(folder / name)
+    for key in tables.get("segments", tables["wav.scp"]):
+        if key not in tables["utt2spk"]:
+            raise UserError(f"{folder / 'utt2spk'} names no speaker for utterance {key!r}")
     for key, value in tables["wav.scp"].items():
         tables["wav.scp"][key] = find_recording(folder, key, value)
     return tables
@@ -137,7 +142,8 @@ def split_speakers(speakers, split, folder, n_src):
     if split in SPLITS:
         return dict.fromkeys(speakers, split)
     if (folder / "spk2split").exists():
-        return listed_split(folder / "spk2split", speakers)
+        wanted = SPLITS if split is None else ("train", "valid")
+        return listed_split(folder / "spk2split", speakers, wanted)
     wanted = ("valid", "test") if split is None else ("valid",)
     needed = n_src * (len(wanted) + 1)
     if len(speakers) < needed:
@@ -152,14 +158,15 @@ def split_speakers(speakers, split, folder, n_src):
     return sides
 
 
-def listed_split(path, speakers):
+def listed_split(path, speakers, splits=SPLITS):
     """The split of each speaker as the table `path` has it; who is not in it is left out."""
     sides = read_table(path)
     for speaker, side in sides.items():
-        if side not in SPLITS or speaker not in speakers:
-            what = f"{side!r} is no split" if side not in SPLITS else "there is no such speaker"
+        if side not in splits or speaker not in speakers:
+            what = f"must be {' or '.join(splits)}, not {side!r}"
+            what = what if side not in splits else "there is no such speaker"
             raise UserError(f"{path}: {speaker!r}: {what}")
-    for split in SPLITS:
+    for split in splits:
         if split not in sides.values():
             raise UserError(f"{path} gives no speaker to {split}")
     return sides
@@ -190,15 +197,18 @@ def write_split(folder, tables, sample_rate):
             continue
         there = os.stat(path)
         version = f"{path} {there.st_size} {there.st_mtime_ns}".encode()
-        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', key)}_{zlib.crc32(version):08x}.flac"
+        name = f"{re.sub('[^A-Za-z0-9_.-]', '_', key)[-100:]}_{zlib.crc32(version):08x}.flac"
         if not (folder / "audio" / name).exists():
             convert(path, folder / "audio" / name, sample_rate)
         tables["wav.scp"][key] = f"audio/{name}"
         converted += 1
-    for name, lines in tables.items():
-        if lines:
+    for name in TABLES:
+        if tables.get(name):
+            lines = "".join(f"{k} {v}\n" for k, v in tables[name].items())
             with whole_file(folder / name) as part:
-                part.write_text("".join(f"{k} {v}\n" for k, v in lines.items()), "utf-8")
+                part.write_text(lines, "utf-8")
+        else:  # the source may have had it before
+            (folder / name).unlink(missing_ok=True)
     if converted:
         print(f"  {folder.name}: {converted} recordings converted to {sample_rate} Hz")
 
@@ -213,5 +223,7 @@ def convert(path, target, sample_rate):
         samples = samples.astype(np.float32) / 32768
     common = math.gcd(rate, sample_rate)
     samples = resample_poly(samples, sample_rate // common, rate // common)
+    flac = io.BytesIO()  # written from here, a full disk is an OSError that says so
+    sf.write(flac, np.clip(samples, -1, 1), sample_rate, format="FLAC", subtype="PCM_16")
     with whole_file(target) as part:
-        sf.write(part, np.clip(samples, -1, 1), sample_rate, subtype="PCM_16")
+        part.write_bytes(flac.getvalue())
