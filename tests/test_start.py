@@ -12,7 +12,14 @@ from scipy.signal import resample_poly
 
 from asteroid_tiny import TinySepformer, example_mixture, from_pretrained
 from asteroid_tiny.config import read_conf
-from asteroid_tiny.recipe import build_model, evaluate_model, publish_model, train_model
+from asteroid_tiny.recipe import (
+    build_model,
+    evaluate_model,
+    publish_model,
+    recipe_defaults,
+    run_command,
+    train_model,
+)
 from asteroid_tiny.transfer import copy_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +63,23 @@ def test_weights_of_another_size_are_refused(run, refused):
     exp_dir, settings = run
     with refused("init_from", PACKAGED, "other sizes"):
         train_model(exp_dir, {**settings, "bn_chan": 64})
+
+
+def test_a_training_goes_on_without_the_weights_that_it_began_with(make_run, tmp_path):
+    start = tmp_path / "start.pth"
+    from_pretrained(PACKAGED).save(start)
+    exp_dir, settings = make_run(init_from=str(start))
+    train_model(exp_dir, settings)
+    start.unlink()
+    (exp_dir / "best_model.pth").unlink()  # as if it had been stopped before
+    train_model(exp_dir, settings)
+    assert (exp_dir / "best_model.pth").exists()
+
+
+def test_the_command_on_a_card_says_null_as_an_option_does():
+    exp_dir = ROOT / "egs" / "minispeech" / "TinySepformer" / "exp" / "none"
+    settings = {**recipe_defaults(exp_dir), "init_from": None}
+    assert run_command(exp_dir, settings).endswith("--recipe minispeech --init_from null")
 
 
 def test_weights_for_two_sources_begin_a_training_for_three(make_run):
