@@ -102,7 +102,6 @@ def test_options_get_the_type_of_their_setting(key, text, value):
         ("n_src", "2.0", "must be a whole number, not 2.0"),
         ("n_src", "true", "must be a whole number, not True"),
         ("n_src", "two", "must be a whole number, not 'two'"),
-        ("n_src", "", "must be a whole number, not None"),
         ("n_src", "[2", "must be a whole number"),
         ("n_src", "0", "must be above 0"),
         ("n_src", "-1", "must be above 0"),

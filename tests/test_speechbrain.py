@@ -127,9 +127,10 @@ def test_it_can_be_stored_as_a_model_of_this_package(small_folder, tmp_path):
 
 
 def test_less_is_kept_for_backward_than_speechbrain_keeps():
-    peer = saved_bytes(build_peer("speechbrain-sepformer"), 8000)
-    assert saved_bytes(Sepformer.from_preset("sepformer"), 8000) <= 0.45 * peer
-    assert saved_bytes(TinySepformer.from_preset("tiny-sepformer-s"), 8000) <= 0.43 * peer
+    n_samples = 16000  # of which the chunks are more than the taps of the convolution
+    peer = saved_bytes(build_peer("speechbrain-sepformer"), n_samples)
+    assert saved_bytes(Sepformer.from_preset("sepformer"), n_samples) <= 0.45 * peer
+    assert saved_bytes(TinySepformer.from_preset("tiny-sepformer-s"), n_samples) <= 0.43 * peer
     for model_class, preset in [(Sepformer, "sepformer"), (TinySepformer, "tiny-sepformer-s")]:
         lean = model_class.from_preset(preset, checkpoint_activations=True)
-        assert saved_bytes(lean, 8000) <= 0.12 * peer
+        assert saved_bytes(lean, n_samples) <= 0.12 * peer
