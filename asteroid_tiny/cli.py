@@ -151,6 +151,7 @@ def evaluate(options):
     from .data import MixtureList, SpeechDir, draw_list, write_list
     from .evaluation import evaluate
     from .inspection import open_model
+    from .longform.folder import find_device
     from .report import write_report
     from .summary import format_table
 
@@ -160,6 +161,7 @@ def evaluate(options):
         )
     if not 0 <= options.overlap <= 1:
         raise UserError(f"--overlap must be from 0 to 1, not {options.overlap:g}")
+    device = find_device(options.device)
     model, _ = open_model(options.model)
     n_speakers = model.n_src if options.n_speakers is None else options.n_speakers
     if not 1 <= n_speakers <= model.n_src:
@@ -177,9 +179,7 @@ def evaluate(options):
     )
     write_list(options.out / "list.csv", mixtures, rate)
     results = options.out / "results"
-    summary = evaluate(
-        model, MixtureList(speech, options.out / "list.csv"), results, options.device
-    )
+    summary = evaluate(model, MixtureList(speech, options.out / "list.csv"), results, device)
     print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
 
 
@@ -214,6 +214,8 @@ def export(options):
     from .export import OnnxSeparator, export_onnx
     from .inspection import open_model
 
+    if options.out.suffix != ".onnx":
+        raise UserError(f"{options.out}: name the file *.onnx, by which its format is known again")
     model, about = open_model(options.model)
     if isinstance(model, OnnxSeparator):
         raise UserError(f"{options.model} is an ONNX file already; give the model that it is of")
@@ -360,15 +362,28 @@ def infer(argv):
 
     from asteroid.scripts import asteroid_cli
 
-    theirs, words = asteroid_cli.BaseModel, sys.argv
-    asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)  # all else is left to it
+    theirs, words = (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv
+    asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)
+    asteroid_cli.LambdaOverlapAdd = _overlap_add  # all else is left to it
     sys.argv = ["asteroid-tiny infer"]  # which its help and its errors begin with
     try:
         asteroid_cli.infer(argv)
-    except (RuntimeError, OSError) as error:  # of audio files
+    except (RuntimeError, OSError, ValueError) as error:  # of audio files, of options
         raise UserError(" ".join(str(error).split())) from None
     finally:
-        asteroid_cli.BaseModel, sys.argv = theirs, words
+        (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv = theirs, words
+
+
+def _overlap_add(nnet, window, **options):
+    """Asteroid's overlap-add, its default window by SciPy's name, with `forward_wav`'s checks."""
+    from asteroid.dsp import LambdaOverlapAdd
+
+    from .models import Sepformer
+
+    class OverlapAdd(LambdaOverlapAdd):
+        forward_wav = Sepformer.forward_wav
+
+    return OverlapAdd(nnet, window="hann" if window == "hanning" else window, **options)
 
 
 def _load_any(pretrained_model_conf_or_path):

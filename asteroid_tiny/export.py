@@ -260,11 +260,22 @@ class OnnxSeparator(torch.nn.Module):
         if "sample_rate" not in facts and sample_rate is None:
             raise UserError(f"{path} does not say its sample rate; asteroid-tiny export writes it")
         self.facts, self.about = facts, _told(facts.get("about", "{}"))
-        self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
         self.in_channels = 1
         self.device = torch.device("cpu")
-        self.shortest = int(facts.get("shortest", 1))
-        self.n_src = self.session.get_outputs()[0].shape[1]
+        names, shape = (
+            [i.name for i in self.session.get_inputs()],
+            self.session.get_outputs()[0].shape,
+        )
+        try:
+            self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
+            self.shortest = int(facts.get("shortest", 1))
+            fits = names == ["mixture"] and len(shape) == 3 and isinstance(shape[1], int)
+        except ValueError:
+            fits = False
+        if not fits or not 1 <= self.sample_rate <= 1e6 or self.shortest < 1:
+            raise UserError(f"{path} is no separator: it must take mixture, (1, time), at a sample "
+                            "rate, and give (1, n_src, time)")  # fmt: skip
+        self.n_src = shape[1]
 
     def forward(self, mixture):
         mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu").detach()
@@ -289,7 +300,7 @@ def _told(text):
     """What a stranger's JSON tells; nothing if it is none."""
     try:
         return told(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

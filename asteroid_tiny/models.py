@@ -428,7 +428,9 @@ def average(models):
         raise UserError("there are no models to average")
     first, *others = models
     args = first.get_model_args()
-    if any(type(m) is not type(first) or m.get_model_args() != args for m in others):
+    no_sizes = dict.fromkeys(("dropout", "checkpoint_activations"))
+    if any(type(m) is not type(first) or {**m.get_model_args(), **no_sizes} != {**args, **no_sizes}
+           for m in others):  # fmt: skip
         raise UserError("models of different classes or arguments cannot be averaged")
     mean = type(first)(**args).eval()
     states = [m.state_dict() for m in models]

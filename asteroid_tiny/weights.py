@@ -264,14 +264,19 @@ def told(infos):
         infos[key] = dict(infos[key]) if isinstance(infos.get(key), dict) else {}
     if not isinstance(infos["training"].get("data", {}), dict):
         del infos["training"]["data"]
-    numbers = (int, float, type(None))
-    infos["metrics"] = {k: v for k, v in infos["metrics"].items() if isinstance(v, numbers)}
+    metrics = infos["metrics"].items()
+    infos["metrics"] = {k: v for k, v in metrics if v is None or _is_number(v)}
     for key in ("steps", "hours"):
-        if not isinstance(infos["training"].get(key, 0), (int, float)):
+        if not _is_number(infos["training"].get(key, 0)):
             del infos["training"][key]
     if not _is_start(infos["training"].get("init_from")):
         infos["training"].pop("init_from", None)
     return {key: value for key, value in infos.items() if value != {}}
+
+
+def _is_number(told):
+    """Whether that is a number that can be shown."""
+    return type(told) in (int, float) and abs(told) < 1e300
 
 
 def _is_start(told):

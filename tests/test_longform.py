@@ -256,6 +256,42 @@ def test_the_single_estimate_of_an_enhancement_model_stays_what_it_is(tmp_path, 
         assert fit == pytest.approx(1, abs=0.05), "its gain is that of the recording"
 
 
+def test_samples_of_absurd_levels_are_refused(talk, refused):
+    loud = talk.copy()
+    loud[1000] = 1e25
+    with refused("samples beyond 1e+06"):
+        separate_long(Shares(0.5, 0.5), loud)
+    with refused("absurdly loud"):
+        separate_long(Shares(1e20, 0.5), talk)
+
+
+def test_memory_that_pieces_come_in_may_be_used_again(talk):
+    buffer = np.zeros(2000, np.float32)
+
+    def pieces():
+        for start in range(0, 16000, 2000):
+            buffer[:] = talk[start : start + 2000]
+            yield buffer
+
+    parts = separate_stream(Shares(0.3, 0.7), pieces(), block=1.0, overlap=0.5)
+    found = np.concatenate(list(parts), axis=1)
+    np.testing.assert_allclose(found.sum(0), talk[:16000], atol=1e-6)
+
+
+def test_long_pieces_are_written_as_vorbis(tmp_path, talk):
+    voice = np.resize(talk, 3_000_000)
+    path = write(tmp_path / "long.wav", voice, 48000)
+    targets = [tmp_path / "1.ogg", tmp_path / "2.ogg"]
+    separate_file(Shares(0.5, 0.5), path, targets, block=62.5, overlap=1.0)
+    assert sf.info(targets[0]).frames == len(voice)
+
+
+def test_so_few_samples_that_none_are_left_are_no_recording(tmp_path, refused):
+    path = write(tmp_path / "one.wav", np.array([0.1]), 44100)
+    with refused("one.wav holds no samples to speak of"):
+        separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.wav", tmp_path / "2.wav"])
+
+
 def test_a_model_of_bfloat16_takes_recordings_in_memory(valid_speech):
     voice = valid_speech.read(valid_speech.by_speaker[next(iter(valid_speech.by_speaker))][0])
     voice = voice[: 2 * RATE]

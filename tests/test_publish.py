@@ -206,6 +206,20 @@ def test_infer_separates_with_models_of_ours_and_of_asteroid(model_class, tmp_pa
     assert np.allclose(written, expected[0], atol=1e-4)
 
 
+def test_infer_adds_blocks_that_overlap(tmp_path, clips, capsys):
+    small().save(tmp_path / "model.pth")
+    sf.write(tmp_path / "talk.wav", speech_of(clips)[:6000].numpy(), 8000)
+    sf.write(tmp_path / "silence.wav", np.zeros(6000), 8000)
+    sf.write(tmp_path / "broken.wav", np.full(6000, np.nan), 8000, subtype="FLOAT")
+    command = ["infer", str(tmp_path / "model.pth"), "-w", "2000", "--files"]
+    cli.main([*command, str(tmp_path / "talk.wav"), str(tmp_path / "silence.wav")])
+    talk, silence = (sf.read(tmp_path / f"{x}_est1.wav")[0] for x in ("talk", "silence"))
+    assert len(talk) == len(silence) == 6000 and talk.any() and not silence.any()
+    with pytest.raises(SystemExit):
+        cli.main([*command, str(tmp_path / "broken.wav")])
+    assert "NaN" in capsys.readouterr().err and not (tmp_path / "broken_est1.wav").exists()
+
+
 def test_infer_says_in_one_line_what_is_wrong(tmp_path, capsys):
     small().save(tmp_path / "model.pth")
     sf.write(tmp_path / "talk.wav", np.zeros(1000), 16000)

@@ -13,8 +13,9 @@ from small import n_parameters, small
 
 from asteroid_tiny import UserError, cli, example_mixture
 from asteroid_tiny.data.kaldi import decode
-from asteroid_tiny.longform import audio
-from asteroid_tiny.longform.folder import FAINT
+from asteroid_tiny.longform import audio, blocks
+from asteroid_tiny.longform.folder import FAINT, find_recordings
+from asteroid_tiny.weights import told
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +378,30 @@ def test_the_command_line_itself(model, talks, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_hidden_files_of_a_folder_are_no_recordings(talks):
+    shutil.copy(next(talks.glob("*.wav")), talks / ".talk_est1.1234.part.wav")
+    assert not any(path.name.startswith(".") for path in find_recordings([str(talks)]))
+    assert len(find_recordings([str(talks)])) == 4
+
+
+def test_memory_that_is_too_little_fails_one_recording(separate, talks, monkeypatch):
+    first = min(path.name for path in talks.iterdir())
+
+    def too_large(path, *args):
+        if path.name == first:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(path, *args)
+
+    original = blocks.open_recording
+    monkeypatch.setattr(blocks, "open_recording", too_large)
+    status, out, err = separate(talks)
+    assert status == 1 and "memory is too little; try a smaller --block" in err
+    assert "3 separated" in out
+
+
+def test_numbers_of_strangers_are_numbers():
+    metrics = {"si_sdr_i": 10**400, "sdr_i": True, "stoi": float("nan"), "sdr": 5.0}
+    kept = told({"metrics": metrics, "training": {"steps": 5, "hours": "many", "init_from": "x"}})
+    assert kept == {"metrics": {"sdr": 5.0}, "training": {"steps": 5}}

@@ -27,6 +27,7 @@ SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 MOST_OF_WAV = 2**32 - 2**12  # bytes, header aside; a longer WAV file is one of RF64
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
+AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
 AU_HEADER = 24  # bytes
 
@@ -213,7 +214,8 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
         for piece in make_pieces():
             for file, track in zip(files, (gain * piece).T):
                 try:
-                    file.write(track)
+                    for start in range(0, len(track), AT_ONCE):
+                        file.write(track[start : start + AT_ONCE])
                 except soundfile.LibsndfileError as error:
                     raise UserError(f"{target} could not be written: {error}") from None
         for file in files:

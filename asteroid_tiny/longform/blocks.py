@@ -21,6 +21,8 @@ from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
 BLOCK, OVERLAP = 4.0, 2.0  # s
+LOUDEST = 1e6  # of a recording; squares of what is far louder leave the range of float32
+ABSURD = 1e15  # of estimates, likewise; NaN is not below it either
 
 
 def separate_stream(
@@ -113,7 +115,9 @@ def cut(pieces, size, hop):
     """
     held, start, last = np.zeros(0, np.float32), 0, None
     for piece in pieces:
-        held = np.concatenate([held, piece]) if len(held) else piece
+        held = np.concatenate(
+            [held, piece]
+        )  # a copy: who gives the pieces may use their memory again
         while len(held) > size:
             last = held[:size]
             yield start, last
@@ -141,10 +145,14 @@ def _separate_blocks(
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
             raise UserError("the recording holds samples that are NaN or infinite")
+        if np.abs(mixtures).max() > LOUDEST:
+            raise UserError(
+                f"the recording holds samples beyond {LOUDEST:g}, where 1 is full scale"
+            )
         with torch.inference_mode():
             estimates = model(torch.from_numpy(mixtures).to(parameter)).float().cpu().numpy()
-        if not np.isfinite(estimates).all():
-            raise UserError("the model gives samples that are NaN or infinite")
+        if not np.abs(estimates).max() < ABSURD:
+            raise UserError("the model gives samples that are NaN, infinite or absurdly loud")
         for (start, mixture), found in zip(batch, estimates):
             if mixture_consistency:
                 found = make_consistent(found, mixture, model.sample_rate)
@@ -259,8 +267,8 @@ def separate_file(
             if progress is not None:
                 progress((n_samples - done) / rate, total)
             done = n_samples
-        if recording.n_read == 0:
-            raise UserError(f"{path} holds no samples")
+        if whole.n_src is None:  # none, or so few that at the model's rate none are left
+            raise UserError(f"{path} holds no samples" + " to speak of" * (recording.n_read > 0))
 
         def tracks():
             stored = resample((x.T for x in whole.tracks()), rate, recording.sample_rate)

@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import re
 import sys
 import time
@@ -80,6 +81,7 @@ def separate_all(
         print(f"  {path}: left out, an output of an earlier run")
     for path in recordings:
         targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
+        told = None
         try:
             if targets[0] in written:
                 raise UserError(
@@ -93,9 +95,18 @@ def separate_all(
                 continue
             done = _separate_one(network, path, targets, options)
             written[targets[0]] = path
-        except (UserError, OSError) as error:  # OSError: of a name too long, a folder closed to us
+        except UserError as error:
+            told = str(error)
+        except OSError as error:  # of a name too long, a folder closed to us
+            told = f"{path}: {reason(error)}"
+        except (MemoryError, RuntimeError) as error:  # of PyTorch, where memory is too little
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                raise
+            told = f"{path}: memory is too little; try a smaller --block or --batch_size"
+        except UnicodeError:
+            told = f"{os.fsencode(path)!r}: the name is not UTF-8; rename it"
+        if told is not None:
             failed.append(path)
-            told = error if isinstance(error, UserError) else f"{path}: {reason(error)}"
             print(f"error: {told}", file=sys.stderr)
             continue
         seconds += done["seconds"]
@@ -122,7 +133,8 @@ def find_recordings(names):
     found = []
     for name in names:
         if Path(name).is_dir():
-            found += sorted(p for p in Path(name).iterdir() if p.suffix.lower() in suffixes)
+            files = (p for p in Path(name).iterdir() if not p.name.startswith("."))
+            found += sorted(p for p in files if p.suffix.lower() in suffixes)
         elif Path(name).exists():
             found.append(Path(name))
         else:
@@ -204,7 +216,9 @@ def find_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         told = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here: {told}") from None
+    if device.type == "meta":
+        raise UserError("--device meta cannot be used here: it holds no data")
     return device

@@ -115,7 +115,7 @@ class SpeakerTracker:
             links = self._links(agreements[rows[1:, None], orders[:-1, :, None], orders[1:, None]])
             changes = (self._best_change(length, sums, links) for length in _lengths(len(orders)))
             gain, start, end, permutation = max(changes, key=lambda change: change[0])
-            if gain < 1e-6:
+            if not gain >= 1e-6:
                 return orders
             orders[start:end] = orders[start:end, permutation]
 
