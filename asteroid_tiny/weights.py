@@ -112,7 +112,8 @@ def write_pair(folder, conf, about, half=False):
         UserError: If the files cannot be written, or the arguments are no plain data.
     """
     folder = Path(folder)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in conf["state_dict"].items()}
+    state = {key: t.detach().cpu().contiguous() for key, t in conf["state_dict"].items()}
+    state = {key: tensor.clone() for key, tensor in state.items()}  # none may share its memory
     if half:
         state = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
     config = {

@@ -341,3 +341,12 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, refused):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_intact(path, old)
+
+
+@pytest.mark.parametrize("who", ["encoder", "decoder"])
+def test_filters_that_encoder_and_decoder_share_are_stored(who, tmp_path):
+    model = small(who_is_pinv=who)
+    model.save_pretrained(tmp_path / "m")
+    twin, mixture = from_pretrained(tmp_path / "m"), torch.randn(1, 800)
+    with torch.no_grad():
+        assert torch.allclose(twin(mixture), model(mixture), atol=1e-6)

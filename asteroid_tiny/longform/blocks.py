@@ -115,9 +115,8 @@ def cut(pieces, size, hop):
     """
     held, start, last = np.zeros(0, np.float32), 0, None
     for piece in pieces:
-        held = np.concatenate(
-            [held, piece]
-        )  # a copy: who gives the pieces may use their memory again
+        # a copy in any case: who gives the pieces may use their memory again
+        held = np.concatenate([held, piece]) if len(held) else np.array(piece)
         while len(held) > size:
             last = held[:size]
             yield start, last
