@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import reason, whole_file, whole_folder
+from .files import make_folder, whole_file, whole_folder
 from .summary import METRICS, SPARE, main_metric, summarise
 
 SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
@@ -66,10 +66,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
             f"{dataset.sample_rate} Hz: take a test set at the model's sample rate"
         )
     out_dir = Path(out_dir)
-    try:  # now rather than after an hour
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} could not be made: {reason(error)}") from error
+    make_folder(out_dir)  # now rather than after an hour
     was_training = model.training
     model.to(device).eval()
     try:

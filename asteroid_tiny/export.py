@@ -262,10 +262,8 @@ class OnnxSeparator(torch.nn.Module):
         self.facts, self.about = facts, _told(facts.get("about", "{}"))
         self.in_channels = 1
         self.device = torch.device("cpu")
-        names, shape = (
-            [i.name for i in self.session.get_inputs()],
-            self.session.get_outputs()[0].shape,
-        )
+        names = [given.name for given in self.session.get_inputs()]
+        shape = self.session.get_outputs()[0].shape
         try:
             self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
             self.shortest = int(facts.get("shortest", 1))
@@ -273,8 +271,10 @@ class OnnxSeparator(torch.nn.Module):
         except ValueError:
             fits = False
         if not fits or not 1 <= self.sample_rate <= 1e6 or self.shortest < 1:
-            raise UserError(f"{path} is no separator: it must take mixture, (1, time), at a sample "
-                            "rate, and give (1, n_src, time)")  # fmt: skip
+            raise UserError(
+                f"{path} is no separator: it must take mixture, (1, time), at a sample rate, and "
+                "give (1, n_src, time)"
+            )
         self.n_src = shape[1]
 
     def forward(self, mixture):

@@ -48,6 +48,18 @@ def whole_file(path):
             part.unlink()
 
 
+def make_folder(path):
+    """Makes a folder, and those above it, where there is none.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be made: {reason(error)}") from None
+
+
 @contextlib.contextmanager
 def whole_folder(path):
     """As `whole_file`, for a folder with all that is in it: gives one that replaces `path`.

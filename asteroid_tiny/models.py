@@ -428,9 +428,8 @@ def average(models):
         raise UserError("there are no models to average")
     first, *others = models
     args = first.get_model_args()
-    no_sizes = dict.fromkeys(("dropout", "checkpoint_activations"))
-    if any(type(m) is not type(first) or {**m.get_model_args(), **no_sizes} != {**args, **no_sizes}
-           for m in others):  # fmt: skip
+    of_training = {key: args[key] for key in ("dropout", "checkpoint_activations")}
+    if any(type(m) is not type(first) or m.get_model_args() | of_training != args for m in others):
         raise UserError("models of different classes or arguments cannot be averaged")
     mean = type(first)(**args).eval()
     states = [m.state_dict() for m in models]

@@ -17,7 +17,7 @@ import yaml
 
 from . import __version__, hub
 from .errors import UserError
-from .files import reason, whole_folder
+from .files import make_folder, reason, whole_folder
 from .summary import METRICS, SPARE, format_table
 from .weights import CONFIG, WEIGHTS, read_config, save_whole
 
@@ -85,10 +85,7 @@ def publish(model, folder, about, half=False, signals=None):
         conf["state_dict"] = {key: tensor.half() for key, tensor in conf["state_dict"].items()}
         model = type(model).from_pretrained(conf)
     metrics = {name: about["summary"]["groups"]["all"][name]["mean"] for name in METRICS}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent} could not be made: {reason(error)}") from None
+    make_folder(folder.parent)
     with whole_folder(folder) as part:
         data = {key: about.get(f"data_{key}") for key in ("name", "licence", "url", "author")}
         config = model.save_pretrained(

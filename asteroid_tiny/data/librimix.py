@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ..download import fetch
 from ..errors import UserError
-from ..files import files_below, reason, whole_file
+from ..files import files_below, make_folder, reason, whole_file
 from . import mixed
 from .kaldi import NoiseDir, write_dir
 from .mixing import Mixture, Source
@@ -342,10 +342,7 @@ def fetch_archives(wanted, librispeech_url):
     if not wanted:
         return
     place = next(iter(wanted)).parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{place} could not be made: {reason(error)}") from None
+    make_folder(place)
     size = sum(archive.size for archive in wanted.values())
     space = sum(archive.unpacked for archive in wanted.values()) + max(
         archive.size for archive in wanted.values()
@@ -371,13 +368,9 @@ def unpack(path, folder):
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as part:
         try:
             shutil.unpack_archive(path, part)
-        except OSError as error:
-            if not error.errno:  # of the archive
-                raise UserError(
-                    f"{path} could not be unpacked ({error}); delete it to fetch it again"
-                ) from None
-            raise UserError(f"{path} could not be unpacked: {reason(error)}") from None
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+            if getattr(error, "errno", None):  # of the disk, not of the archive
+                raise UserError(f"{path} could not be unpacked: {reason(error)}") from None
             raise UserError(
                 f"{path} could not be unpacked ({error}); delete it to fetch it again"
             ) from None

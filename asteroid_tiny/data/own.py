@@ -158,14 +158,14 @@ def split_speakers(speakers, split, folder, n_src):
     return sides
 
 
-def listed_split(path, speakers, splits=SPLITS):
+def listed_split(path, speakers, splits):
     """The split of each speaker as the table `path` has it; who is not in it is left out."""
     sides = read_table(path)
     for speaker, side in sides.items():
-        if side not in splits or speaker not in speakers:
-            what = f"must be {' or '.join(splits)}, not {side!r}"
-            what = what if side not in splits else "there is no such speaker"
-            raise UserError(f"{path}: {speaker!r}: {what}")
+        if side not in splits:
+            raise UserError(f"{path}: {speaker!r}: must be {' or '.join(splits)}, not {side!r}")
+        if speaker not in speakers:
+            raise UserError(f"{path}: {speaker!r}: there is no such speaker")
     for split in splits:
         if split not in sides.values():
             raise UserError(f"{path} gives no speaker to {split}")
