@@ -193,7 +193,7 @@ def launch(page, megabytes=MEGABYTES, port=None, **options):
             ssr_mode=False,
             **options,
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter of ports above 65535
         raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from None
 
 

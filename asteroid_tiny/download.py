@@ -55,9 +55,12 @@ def fetch(url, path, sha256=None, md5=None):
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url} is no address that can be fetched; it must begin with https://")
     try:
+        if path.exists():  # also where nothing can be written
+            _verify(path, wanted)
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.part")) as (part, file):
-            if path.exists():
+            if path.exists():  # by the process that had the lock
                 _verify(path, wanted)
                 return path
             _download(url, file, part, bool(wanted))

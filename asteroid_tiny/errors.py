@@ -19,6 +19,16 @@ def sentence(error):
     return last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
 
 
+def printable(words):
+    """One line of what came from outside, without codes that a terminal would obey (str).
+
+    Examples:
+        >>> printable("mit\\x1b[2J\\n licence")
+        'mit?[2J licence'
+    """
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(words).split()))
+
+
 @contextlib.contextmanager
 def exit_on_user_error():
     """Turns a `UserError` into one line on stderr and exit status 2 (for command lines)."""

@@ -116,14 +116,15 @@ def _from_url(url):
 def _pair_from_url(url, sha256):
     """`model.safetensors` with the `config.json` beside it, which has its checksum."""
     address = urllib.parse.urljoin(url, CONFIG)
-    with _scratch() as folder:
-        path = fetch(address, folder / CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch(address, Path(folder) / CONFIG)
         config, content = read_config(path, where=address), path.read_bytes()
     if not re.fullmatch("[0-9a-f]{64}", config["sha256"]) or sha256 not in (None, config["sha256"]):
         raise UserError(f"{address} says that the sha256 is {config['sha256']}, not {sha256}")
     kept = cache_dir() / _digest(content) / WEIGHTS
-    with whole_file(kept.with_name(CONFIG)) as part:
-        part.write_bytes(content)
+    if not kept.exists():
+        with whole_file(kept.with_name(CONFIG)) as part:
+            part.write_bytes(content)
     return fetch(url, kept, config["sha256"])
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cost import count_macs
+from .errors import printable
 from .export import OnnxSeparator
 from .hub import locate
 from .models import from_pretrained
@@ -51,7 +52,7 @@ def speech_of(about):
 def made_for(name, model, about):
     """A sentence that says what a model was made for, so that nobody expects more (str)."""
     speech = speech_of(about)
-    trained = f"trained on {speech}" if speech else "trained on speech it does not name"
+    trained = f"trained on {printable(speech)}" if speech else "trained on speech it does not name"
     return (
         f"{name} was made for {model.n_src} speakers at {model.sample_rate:g} Hz, {trained}; "
         "expect less of other recordings"
@@ -118,7 +119,7 @@ def _operations(model):
 
 
 def _lines(texts):
-    return "\n".join(f"{name:15} {text}" for name, text in texts.items())
+    return "\n".join(f"{name:15} {printable(text)}" for name, text in texts.items())
 
 
 def peak_memory(model, seconds):

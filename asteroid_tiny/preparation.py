@@ -20,6 +20,7 @@ from .data import (
     wsj0mix,
 )
 from .data.check import check_dir, check_speech, format_findings
+from .data.kaldi import SPLITS
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
@@ -28,7 +29,6 @@ SHORTEST = 0.5  # s: utterances below are reported
 #: Corpora that have mixture lists of their own, and their modules.
 LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
 CORPORA = ("kaldi", "own", *LISTED)
-SPLITS = ("train", "valid", "test")
 #: Settings by which lists are drawn, and by which training mixtures are: not those of a corpus.
 LISTS_BY = ("eval_segment", "valid_seed", "test_seed")
 TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "level_spread", "colour")

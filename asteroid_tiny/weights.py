@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 
 from .download import digest_of
-from .errors import UserError
+from .errors import UserError, printable
 from .files import whole_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -395,5 +395,4 @@ def _check_memory(n_bytes):
 
 
 def _line(error):
-    words = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in words)
+    return printable(error) or type(error).__name__

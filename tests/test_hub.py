@@ -124,6 +124,18 @@ def test_a_checksum_in_the_address_is_verified_and_saves_the_question(tmp_path, 
     assert alike(from_pretrained(f"{url}#sha256={digest}"), model)  # no server any more
 
 
+def test_a_filled_cache_is_not_written_to_and_may_be_read_only(tmp_path, cache):
+    model = small()
+    with serving_files(files_of(model, tmp_path / "model")) as server:
+        urls = [f"{server.address}/{name}" for name in ("model.pth", WEIGHTS)]
+        before = None
+        for _ in range(2):
+            assert all(alike(from_pretrained(url), model) for url in urls)
+            changes = {path: path.stat().st_mtime_ns for path in (cache, *cache.rglob("*"))}
+            assert before in (None, changes)
+            before = changes
+
+
 def test_an_address_with_another_description_or_none_is_one_sentence(tmp_path, refused):
     files = files_of(small(), tmp_path / "model")
     with serving_files(files) as server:

@@ -286,6 +286,13 @@ def test_long_pieces_are_written_as_vorbis(tmp_path, talk):
     assert sf.info(targets[0]).frames == len(voice)
 
 
+def test_rates_that_crash_vorbis_are_refused(tmp_path, refused):
+    path = write(tmp_path / "bats.wav", np.full(25000, 0.1), 250_000)
+    with refused("1.ogg", "Vorbis ends at 200000 Hz"):
+        separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.ogg", tmp_path / "2.ogg"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bats.wav"]
+
+
 def test_so_few_samples_that_none_are_left_are_no_recording(tmp_path, refused):
     path = write(tmp_path / "one.wav", np.array([0.1]), 44100)
     with refused("one.wav holds no samples to speak of"):

@@ -16,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
-from .kaldi import NoiseDir, SpeechDir, decode, open_info, read_table
+from .kaldi import SPLITS, NoiseDir, SpeechDir, decode, open_info, read_table
 from .mixing import SILENT, read_list, render
 
 FULL_SCALE = 0.999
 CLIPPED = 0.001  # share of the samples at full scale above which a recording has clipped
-SPLITS = ("train", "valid", "test")
 
 
 class Finding(NamedTuple):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import whole_folder
 
+SPLITS = ("train", "valid", "test")
 CACHE_BYTES = 1 << 30
 BAR = dict(desc="  opening files", delay=3, leave=False, disable=None)  # if it takes long
 NO_LENGTH = 2**62  # samples, from which on libsndfile does not know how many there are

@@ -294,6 +294,8 @@ def _check(settings):
             raise UserError(f"{key} must be {there} for LibriMix, not {settings[key]}")
     if settings["task"] == "sep_noisy" and settings["dynamic_mixing"]:
         raise UserError("task sep_noisy needs dynamic_mixing false: what is drawn has no noise")
+    if settings["task"] != "sep_noisy" and settings["wham_dir"]:
+        raise UserError(f"wham_dir has no effect with task {settings['task']}")
 
 
 def _obtain(source, settings):

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import files_below, whole_file
-from .kaldi import decode, open_info, read_table
+from .kaldi import SPLITS, decode, open_info, read_table
 
-SPLITS = ("train", "valid", "test")
 TABLES = ("wav.scp", "utt2spk", "segments", "spk2gender", "spk2production")
 SHARE = 0.1  # of the speakers for validation, and as many for test
 SUFFIXES = {f".{name.lower()}" for name in sf.available_formats()}

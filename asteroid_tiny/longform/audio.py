@@ -27,6 +27,7 @@ SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 MOST_OF_WAV = 2**32 - 2**12  # bytes, header aside; a longer WAV file is one of RF64
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
+FASTEST_OF_VORBIS = 200_000  # Hz, above which libsndfile crashes
 AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
 AU_HEADER = 24  # bytes
@@ -238,6 +239,8 @@ def _format(target):
 
 def _create(part, target, sample_rate, n_samples):
     name = _format(target)
+    if name == "ogg" and sample_rate > FASTEST_OF_VORBIS:
+        raise UserError(f"{target} cannot be written: Vorbis ends at {FASTEST_OF_VORBIS} Hz")
     container = "RF64" if name == "wav" and 2 * n_samples > MOST_OF_WAV else name.upper()
     try:
         return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=container)

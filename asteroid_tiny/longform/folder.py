@@ -102,7 +102,7 @@ def separate_all(
         except (MemoryError, RuntimeError) as error:  # of PyTorch, where memory is too little
             if "memory" not in f"{type(error).__name__} {error}".lower():
                 raise
-            told = f"{path}: memory is too little; try a smaller --block or --batch_size"
+            told = f"{path}: memory is too little; try a smaller --block or --batch"
         except UnicodeError:
             told = f"{os.fsencode(path)!r}: the name is not UTF-8; rename it"
         if told is not None:
