@@ -21,6 +21,7 @@ from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
 BLOCK, OVERLAP = 4.0, 2.0  # s
+FADE = 0.02  # s, where a block's outputs change places in its middle
 LOUDEST = 1e6  # of a recording; squares of what is far louder leave the range of float32
 ABSURD = 1e15  # of estimates, likewise; NaN is not below it either
 
@@ -199,10 +200,12 @@ class _Whole:
     def __init__(self, store, name):
         self.store, self.name = store, name
         self.n_src = None  # until the first block
-        self.places, self.orders = [], []  # start and samples of each block; order of its outputs
+        self.places, self.orders = [], []  # start and samples of blocks; order of their halves
+        self.fade = 1  # samples
 
     def separate(self, model, pieces, memory=True, **options):
         """Separates all blocks; yields the number of samples that are done (int)."""
+        self.fade = max(1, round(FADE * model.sample_rate))
         for start, estimates in _separate_blocks(model, pieces, **options):
             if self.n_src is None:
                 self.n_src = len(estimates)
@@ -225,8 +228,16 @@ class _Whole:
         for (start, n_samples), order in zip(self.places, self.orders):
             block = np.frombuffer(self.store.read(4 * self.n_src * n_samples), np.float32)
             yield joined.take(until=start)
-            joined.add(block.reshape(self.n_src, n_samples)[order])
+            joined.add(self._in_order(block.reshape(self.n_src, n_samples), *order))
         yield joined.take()
+
+    def _in_order(self, block, first, second):
+        """A block whose halves are in these orders."""
+        if (first == second).all():
+            return block[first]
+        n = block.shape[1]
+        share = np.clip((np.arange(n, dtype=np.float32) - n / 2) / self.fade + 0.5, 0, 1)
+        return (1 - share) * block[first] + share * block[second]
 
 
 def separate_file(
