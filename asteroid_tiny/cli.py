@@ -358,55 +358,9 @@ def demo(options):
 @command("infer")
 def infer(argv):
     """Separates files with asteroid-infer's options, for models of Asteroid and of this package."""
-    from types import SimpleNamespace
+    from .infer import infer
 
-    from asteroid.scripts import asteroid_cli
-
-    theirs, words = (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv
-    asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)
-    asteroid_cli.LambdaOverlapAdd = _overlap_add  # all else is left to it
-    sys.argv = ["asteroid-tiny infer"]  # which its help and its errors begin with
-    try:
-        asteroid_cli.infer(argv)
-    except (RuntimeError, OSError, ValueError) as error:  # of audio files, of options
-        raise UserError(" ".join(str(error).split())) from None
-    finally:
-        (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv = theirs, words
-
-
-def _overlap_add(nnet, window, **options):
-    """Asteroid's overlap-add, its default window by SciPy's name, with `forward_wav`'s checks."""
-    from asteroid.dsp import LambdaOverlapAdd
-
-    from .models import Sepformer
-
-    class OverlapAdd(LambdaOverlapAdd):
-        forward_wav = Sepformer.forward_wav
-
-    return OverlapAdd(nnet, window="hann" if window == "hanning" else window, **options)
-
-
-def _load_any(pretrained_model_conf_or_path):
-    """A model of this package or of Asteroid, with nothing in its file run."""
-    from asteroid.models import BaseModel
-    from asteroid.utils.hub_utils import MODELS_URLS_HASHTABLE, SR_HASHTABLE
-
-    from . import models, weights
-    from .hub import locate
-
-    name = pretrained_model_conf_or_path
-    stored = weights.open_stored(locate(MODELS_URLS_HASHTABLE.get(name, name)))
-    if stored.model_name in (models.Sepformer.__name__, models.TinySepformer.__name__):
-        return models.from_pretrained(Path(stored.where))
-    conf = {
-        "model_name": stored.model_name,
-        "model_args": {"sample_rate": SR_HASHTABLE.get(name), **stored.model_args},
-        "state_dict": {key: stored.read(key) for key in stored.shapes},
-    }
-    try:
-        return BaseModel.from_pretrained(conf)
-    except Exception as error:  # arguments and weights of strangers raise anything
-        raise UserError(f"{name} is no model of Asteroid: {' '.join(str(error).split())}") from None
+    infer(argv)
 
 
 if __name__ == "__main__":
