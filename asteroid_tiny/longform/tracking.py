@@ -17,7 +17,7 @@ from .voices import FEATURES, Listener, each, evidence
 
 OVERLAP_WEIGHT = 10.0  # log-likelihood of a second of full agreement
 TOGETHER = 0.4  # s: as if that much of the two halves of a block overlapped
-NEW_SPEAKER = 10.0  # log-likelihood that one speaker more must gain, once all is known,
+NEW_SPEAKER = 20.0  # log-likelihood that one speaker more must gain, once all is known,
 AT_ONCE = 1.0  # and when only what came before is
 LEAST = 1e-6  # gain of log-likelihood that is one
 ALL_LENGTHS, GROWTH = 32, 1.25  # of a stretch of halves, in halves: all up to that, then some
