@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .errors import UserError
 from .files import make_folder, whole_file, whole_folder
-from .summary import METRICS, SPARE, main_metric, summarise
+from .summary import METRICS, SNR, SPARE, main_metric, summarise
 
 SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
 N_RANDOM = 2  # examples beside the worst, the median and the best mixture
@@ -145,8 +145,10 @@ def measure(mixture, sources, estimates, sample_rate):
         dB, but for STOI. NaN for what cannot be computed: everything if a source is silent, STOI
         and BSS-eval of less than some 0.4 s and 0.2 s, of a single source all that tells of the
         input. A silent estimate has no BSS-eval, but keeps SI-SDR's floor of -80 dB: it should not
-        better a mean by its absence. `spare_level` is that of the loudest spare estimate, if there
-        is one, re the loudest estimate, -100 dB at least.
+        better a mean by its absence. `snr` is that of the estimates under one gain, with which the
+        sum of all fits the mixture best, so that it tells of their levels beside each other, too.
+        `spare_level` is that of the loudest spare estimate, if there is one, re the loudest
+        estimate, -100 dB at least.
 
     Examples:
         >>> rng = np.random.default_rng(0)
@@ -159,8 +161,8 @@ def measure(mixture, sources, estimates, sample_rate):
 
     mixture, sources, estimates = (np.asarray(x, np.float64) for x in (mixture, sources, estimates))
     n_src, n_samples = sources.shape
-    found = {}
-    if (sources.var(axis=1) * n_samples > SILENCE).all():
+    found, speaks = {}, (sources.var(axis=1) * n_samples > SILENCE).all()
+    if speaks:
         groups = [["si_sdr"], ["stoi"]]  # one that fails must not take the others along
         if n_samples > 2 * n_src * BSS_TAPS:  # else its filters fit anything
             groups.append(["sdr", "sir", "sar"])
@@ -175,7 +177,15 @@ def measure(mixture, sources, estimates, sample_rate):
             found = {m: found[m] for m in found if not m.startswith("input_")}
         found |= {f"{m}_i": found[m] - found[f"input_{m}"] for m in found if f"input_{m}" in found}
     row = {m: x if math.isfinite(x := found.get(m, math.nan)) else math.nan for m in METRICS}
-    return row | _spare_level(estimates, n_src)
+    snr = _snr(mixture, sources, estimates) if speaks else math.nan
+    return {**row, SNR: snr, **_spare_level(estimates, n_src)}
+
+
+def _snr(mixture, sources, estimates):
+    total = estimates.sum(0)
+    gain = total @ mixture / max(total @ total, 1e-12)
+    errors = ((sources - gain * estimates[: len(sources)]) ** 2).sum(1)
+    return float(np.mean(10 * np.log10((sources**2).sum(1) / np.maximum(errors, 1e-12))))
 
 
 def _spare_level(estimates, n_src):

@@ -14,7 +14,8 @@ import pandas as pd
 METRICS = ("input_si_sdr", "si_sdr", "si_sdr_i", "input_sdr", "sdr", "sdr_i")
 METRICS += ("input_sir", "sir", "sir_i", "sar", "input_stoi", "stoi", "stoi_i")
 DRAWS, MIN_PAIRS = 2000, 3  # of the bootstrap
-SPARE = "spare_level"  # measured too, where the model gives more estimates than there are sources
+#: Measured too, `SPARE` where the model gives more estimates than there are sources.
+SNR, SPARE = "snr", "spare_level"
 #: What the bootstrap draws, by the number of speakers in a mixture; of more they are groups.
 UNITS = {1: "speaker", 2: "speaker pair", 3: "speaker triple"}
 
@@ -32,8 +33,8 @@ def summarise(table, sample_rate, seed=0):
         "gender unknown" and "same production" that have mixtures; each counts `n_mixtures`,
         `n_speakers` and `n_speaker_pairs` (of three speakers: triples), and gives for each metric
         `mean`, `low`, `high` and `n_missing`. None stands for what cannot be given: a mean of
-        nothing, an interval over fewer than 3 speaker pairs. `spare_level` is there if the table
-        has it.
+        nothing, an interval over fewer than 3 speaker pairs. `snr` and `spare_level` are there
+        if the table has them.
     """
     genders = table.genders.str.split().map(set)
     unknown = genders.map(lambda them: "unknown" in them)
@@ -56,7 +57,7 @@ def _summarise(table, seed):
     pairs = speakers.map(lambda names: " ".join(sorted(names)))
     summary = {"n_mixtures": len(table), "n_speakers": speakers.explode().nunique()}
     summary["n_speaker_pairs"] = pairs.nunique()
-    measured = [metric for metric in (*METRICS, SPARE) if metric in table]
+    measured = [metric for metric in (*METRICS, SNR, SPARE) if metric in table]
     for metric, low, high in _intervals(table[measured], pairs, seed):
         n_missing = int(table[metric].isna().sum())
         mean = float(table[metric].mean()) if n_missing < len(table) else None
@@ -149,6 +150,9 @@ def _notes(summary):
             f"SI-SDR of {_cell(whole, 'si_sdr', 2)} dB, the loudest other one lies at {level} dB"
             f"{interval} re the loudest of all."
         )
+    if whole.get(SNR, {}).get("mean") is not None:
+        snr = _cell(whole, SNR, 2)
+        yield f"With one gain for all estimates of a mixture their SNR is {snr} dB."
     yield "All in dB but STOI. Intervals: percentile bootstrap over the"
     if single:
         yield f"{n_speakers} speakers, drawn {draws} times."

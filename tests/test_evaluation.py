@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from asteroid_tiny.errors import UserError
-from asteroid_tiny.evaluation import evaluate
+from asteroid_tiny.evaluation import evaluate, measure
 from asteroid_tiny.report import write_report
 from asteroid_tiny.summary import METRICS, format_table, summarise
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_computed_is_empty_and_counted(dataset, tmp_path):
     spoilt = Spoilt()
     summary = evaluate(Oracle(spoilt), spoilt, tmp_path, n_workers=0)
     table = pd.read_csv(tmp_path / "metrics.csv")
-    assert table.loc[1, list(METRICS)].isna().all()
+    assert table.loc[1, [*METRICS, "snr"]].isna().all()
     assert table.loc[2, ["sdr", "sir", "sar", "stoi", "input_stoi", "stoi_i"]].isna().all()
     assert np.isfinite(table.si_sdr_i[2])
     whole = summary["groups"]["all"]
@@ -225,6 +225,20 @@ def test_what_cannot_be_computed_is_empty_and_counted(dataset, tmp_path):
     assert whole["si_sdr_i"]["mean"] == pytest.approx(table.si_sdr_i.mean(), abs=1e-3)
     assert "NaN" not in (tmp_path / "summary.json").read_text()
     assert "si_sdr_i 1, sdr_i 2, stoi_i 2" in " ".join(format_table(summary).split())
+
+
+def test_the_snr_tells_of_levels_that_si_sdr_leaves_open():
+    rng = np.random.default_rng(0)
+    sources, noise = rng.normal(size=(2, 2, 8000))
+    mixture, estimates = sources.sum(0), sources + 0.1 * noise
+    exact, louder, uneven = (
+        measure(mixture, sources, gains * estimates, 8000)
+        for gains in (1, 5, np.array([[1], [10**-1.5]]))
+    )
+    assert exact["snr"] == pytest.approx(20, abs=0.2)
+    assert louder["snr"] == pytest.approx(exact["snr"], abs=0.2)
+    assert uneven["si_sdr"] == pytest.approx(exact["si_sdr"], abs=1e-3)
+    assert uneven["snr"] < 5
 
 
 class Spare(torch.nn.Module):
