@@ -35,7 +35,8 @@ def _separate_options(parser):
     parser.epilog = (
         "Writes NAME_est1, NAME_est2, .. for each recording, one file a speaker, mono, at the rate "
         "of the recording. What is there already is left as it is. Exit status: 0 if all is well, "
-        "1 if some recordings could not be separated, 2 if an option is wrong."
+        "1 if some recordings could not be separated, 2 if an option is wrong. Beside programs "
+        "that keep all cores busy OMP_NUM_THREADS=1 in the environment makes it faster."
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="recordings, folders of them, or globs in quotes")

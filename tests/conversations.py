@@ -149,7 +149,7 @@ def best_order(model, sources, block):
     return tracks
 
 
-def with_model(name, folder, n_conversations=6, seconds=90):
+def with_model(name, folder, n_conversations=12, seconds=90):
     """The same with a true model and speakers of a Kaldi data dir."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
