@@ -112,7 +112,8 @@ def save_fp32(model, path):
 
 
 def make_small(path):
-    """Takes out of an ONNX file what no runtime needs: traces (with paths in them), shapes, names.
+    """Takes out of an ONNX file what no runtime needs: traces (with paths in them), shapes, names
+    of nodes, and those of tensors but for a number.
 
     In a small model they are larger than the weights.
     """
@@ -123,6 +124,7 @@ def make_small(path):
         del node.metadata_props[:]
         node.name = ""
     keep_weights_once(file.graph)
+    number_tensors(file.graph)
     onnx.save(file, path)
 
 
@@ -150,6 +152,19 @@ def keep_weights_once(graph):
     graph.initializer.extend(
         helper.from_array(array, name) for name, array in arrays.items() if name in used
     )
+
+
+def number_tensors(graph):
+    """Names the tensors of a graph by numbers, all but what goes in and comes out."""
+    kept = {value.name for value in [*graph.input, *graph.output]} | {""}  # "": left out
+    outputs = [name for node in graph.node for name in node.output]
+    inner = [name for name in [w.name for w in graph.initializer] + outputs if name not in kept]
+    numbers = {name: f"{number:x}" for number, name in enumerate(inner)}
+    for weight in graph.initializer:
+        weight.name = numbers[weight.name]
+    for node in graph.node:
+        node.input[:] = [numbers.get(name, name) for name in node.input]
+        node.output[:] = [numbers.get(name, name) for name in node.output]
 
 
 def check_lengths(model, path):
@@ -197,7 +212,8 @@ def save_int8(path, sample_rate, speech=None):
     fp32_bytes = path.stat().st_size
     small = path.with_name(f"{path.stem}.int8{path.suffix}")
     try:
-        quantization.quantize_dynamic(path, small, weight_type=quantization.QuantType.QInt8)
+        # unsigned: onnxruntime's products with signed ones overflow on CPUs without VNNI
+        quantization.quantize_dynamic(path, small, weight_type=quantization.QuantType.QUInt8)
         make_small(small)
         quantized = OnnxSeparator(small, sample_rate=sample_rate)
         check_silence(quantized)

@@ -1,6 +1,7 @@
 """The benchmark: its peers are what they claim, its counts are right, its tables tell the truth."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -194,8 +195,21 @@ def test_a_measurement_runs_in_a_process_of_its_own(capfd):
     assert size["n_parameters"] == 470529 and macs["macs_per_s"] > 0.5e9
     assert row["peak_bytes"] > 1e6
     assert "tiny-sepformer-xs        inference 0.25 s of audio" in capfd.readouterr().out
-    (row,) = stage.measure({"kind": "bf16", "name": "tiny-sepformer-xs", "length": -1})
+    (row,) = stage.measure({"kind": "bf16", "name": "tiny-sepformer-xs", "limit": 9, "length": -1})
     assert "negative dimension" in row["failed"]
+
+
+def test_a_processor_that_does_not_multiply_bfloat16_takes_no_hours(monkeypatch):
+    rates = {"float32": 60e9, "bfloat16": 0.3e9}
+
+    def rate(dtype, size):
+        assert size < measure.MATRIX or rates[dtype] > measure.SLOW
+        return {"dtype": dtype, "size": size, "flops": rates[dtype]}
+
+    monkeypatch.setattr(measure, "matrix_rate", rate)
+    assert [row["flops"] for row in measure.machine()] == list(rates.values())
+    (row,) = measure.bf16("sepformer", length=4, limit=300)
+    assert re.fullmatch(r"about 15\d\d s", row["skipped"])
 
 
 class Clock:

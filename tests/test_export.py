@@ -9,7 +9,7 @@ import soundfile as sf
 import torch
 from small import ratio_db, small
 
-from asteroid_tiny import cli, example_mixture, export
+from asteroid_tiny import cli, example_mixture, export, from_pretrained
 from asteroid_tiny.export import OnnxSeparator, export_onnx
 
 SIZES = dict(n_filters=64, bn_chan=64, ff_hid=128, n_repeats=1, n_intra_layers=2, n_inter_layers=1)
@@ -121,6 +121,12 @@ def test_int8_is_close_and_small_or_refused(exported, tmp_path, refused, speech,
     with refused("int8 would take", "nothing was kept"):
         export_onnx(model, tmp_path / "other.onnx", "int8", speech)
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+def test_the_packaged_weights_fit_int8(tmp_path):
+    model = from_pretrained("tiny-sepformer-xs_2spk_8k")
+    outcome = export_onnx(model, tmp_path / "int8.onnx", "int8")
+    assert outcome["size"] <= 0.35 and outcome["si_sdr"] >= 20
 
 
 @pytest.mark.parametrize("rate", [8000, 16000])

@@ -82,7 +82,7 @@ def tasks(about, settings):
         short = [length for length in about["lengths"] if length <= reference]
         wanted.append({"kind": "training", **common, "lengths": short})
         if name in PRESETS:
-            wanted.append({"kind": "bf16", "name": name, "length": reference})
+            wanted.append({"kind": "bf16", **common, "length": reference})
         if name in EXPORTED:
             wanted.append({"kind": "onnx", "name": name, "length": reference})
         if about["gpu"]:
@@ -132,7 +132,7 @@ def describe(row):
     if "macs_per_s" in row:
         return f"{row['macs_per_s'] / 1e9:.2f} GMAC for a second of audio"
     if "flops" in row:
-        return f"{row['dtype']}: {row['flops'] / 1e9:.0f} GFLOP/s in matrix products"
+        return f"{row['dtype']}: {row['flops'] / 1e9:.3g} GFLOP/s in matrix products"
     if "mixtures_per_s" in row:
         return f"{row['mixtures_per_s']:.0f} mixtures of {row['length']:g} s a second"
     if "step_s" in row:

@@ -29,7 +29,8 @@ SAMPLE_RATE = 8000
 BUDGET = 5.0  # CPU s of repetitions, after which no other begins
 MOST_RUNS = 10
 MEMORY_SHARE = 0.8  # of the available memory that a measurement may need
-MATRIX = 2048  # rows and columns of the matrices whose product is timed
+MATRIX, SMALL_MATRIX = 2048, 256  # rows and columns of the matrices whose product is timed
+SLOW = 1e10  # operations a second, which any CPU exceeds in a type that it multiplies
 MIXTURES = 200  # that are mixed to measure how fast it goes
 MOST_BATCH = 1024  # that is tried on a GPU
 
@@ -65,8 +66,13 @@ def training(name, lengths, limit):
         yield row
 
 
-def bf16(name, length):
-    """Time of a forward pass under bf16 autocast."""
+def bf16(name, length, limit):
+    """Time of a forward pass under bf16 autocast, if the products alone keep to the limit."""
+    rate = matrix_rate("bfloat16", SMALL_MATRIX)["flops"]
+    seconds = 2 * length * count_macs(build(name).to("meta")) / rate
+    if seconds > limit:
+        yield {"length": length, "skipped": f"about {seconds:.0f} s"}
+        return
     model, mixture = build(name).eval(), noise(length)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         yield {"length": length, **timed(lambda: model(mixture))}
@@ -99,11 +105,20 @@ def exported(model, length):
 
 
 def machine():
-    """How many floating-point operations a second this machine does in a large matrix product."""
-    for name in ("float32", "bfloat16"):
-        a, b = (torch.randn(MATRIX, MATRIX).to(getattr(torch, name)) for _ in range(2))
-        times = timed(lambda: a @ b, at_least=3)
-        yield {"dtype": name, "flops": 2 * MATRIX**3 / times["cpu_s"], **times}
+    """How many floating-point operations a second this machine does in a large matrix product.
+
+    In a small one of a type that the processor does not multiply.
+    """
+    for dtype in ("float32", "bfloat16"):
+        small = matrix_rate(dtype, SMALL_MATRIX)
+        yield small if small["flops"] < SLOW else matrix_rate(dtype, MATRIX)
+
+
+def matrix_rate(dtype, size):
+    """Operations a second in products of square matrices of `size` rows, and their time (dict)."""
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    times = timed(lambda: a @ b, at_least=3)
+    return {"dtype": dtype, "size": size, "flops": 2 * size**3 / times["cpu_s"], **times}
 
 
 def mixing(exp_dir, settings):

@@ -108,11 +108,11 @@ class Figures:
 def introduction(figures):
     """What was measured, on what and how."""
     about = figures.about
-    rates = [
-        f"{figures.row(None, 'machine', dtype=dtype)['flops'] / 1e9:.0f} GFLOP/s in {dtype}"
-        for dtype in ("float32", "bfloat16")
-        if figures.row(None, "machine", dtype=dtype)
-    ]
+    rates = []
+    for dtype in ("float32", "bfloat16"):
+        if row := figures.row(None, "machine", dtype=dtype):
+            rows = "" if row.get("size", MATRIX) == MATRIX else f" ({row['size']} rows)"
+            rates.append(f"{row['flops'] / 1e9:.3g} GFLOP/s in {dtype}{rows}")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     text = (
         f"{about['cpu']}, {about['cores']} cores; {' '.join(about['flags']) or 'no vector flags'}; "
