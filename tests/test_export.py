@@ -123,6 +123,7 @@ def test_int8_is_close_and_small_or_refused(exported, tmp_path, refused, speech,
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
 
 
+@pytest.mark.slow
 def test_the_packaged_weights_fit_int8(tmp_path):
     model = from_pretrained("tiny-sepformer-xs_2spk_8k")
     outcome = export_onnx(model, tmp_path / "int8.onnx", "int8")
