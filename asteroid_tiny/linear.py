@@ -1,9 +1,10 @@
 """Linear layers that are fast on any CPU, and a feed-forward network that keeps its input alone.
 
 PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on AMD's
-processors. oneDNN, which comes with PyTorch too, is fast on both; it is used here wherever it can
-be: for float32 on such a CPU, outside of autocast, tracing, compilation and export. Elsewhere, and
-with ``torch.backends.mkldnn.flags(enabled=False)``, the products are `torch.nn.functional.linear`.
+processors with AVX-512. oneDNN, which comes with PyTorch too, is fast on all; it is used here
+wherever it can be: for float32 on such a CPU, outside of autocast, tracing, compilation and export.
+Elsewhere, and with ``torch.backends.mkldnn.flags(enabled=False)``, the products are
+`torch.nn.functional.linear`.
 
 Most of what a Transformer layer keeps for its backward pass are the hidden activations of its
 feed-forward network. They are computed again instead, a block of rows at a time, so that on a CPU
@@ -15,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 BLOCK = 2**19  # hidden activations that fit in the cache of a CPU
-ON_X86 = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+VECTORS = torch.backends.cpu.get_cpu_capability()
+ON_X86 = torch.backends.mkldnn.is_available() and "AVX" in VECTORS
 
 
 class Linear(nn.Linear):
@@ -87,8 +89,13 @@ def product(x, weight, bias=None, relu=False):
 
 
 def weight_gradient(grad, x):
-    """Of a linear layer with input (rows, in) and gradient (rows, out): (out, in)."""
-    return product(grad.contiguous().t(), x.contiguous().t())
+    """Of a linear layer with input (rows, in) and gradient (rows, out): (out, in).
+
+    oneDNN wants transposed copies, which cost more than it gains on a CPU without AVX-512.
+    """
+    if by_onednn(x) and "AVX512" in VECTORS:
+        return product(grad.contiguous().t(), x.contiguous().t())
+    return grad.t() @ x
 
 
 class _Linear(torch.autograd.Function):

@@ -10,6 +10,7 @@ from asteroid_tiny import linear
 from asteroid_tiny.linear import Linear, by_onednn, feed_forward
 from asteroid_tiny.models import PRESETS
 
+each_cpu = pytest.mark.parametrize("vectors", ["AVX2", "AVX512"])  # it decides who multiplies
 needs_x86 = pytest.mark.skipif(not linear.ON_X86, reason="oneDNN is taken on x86 alone")
 
 
@@ -26,8 +27,10 @@ def close(ours, theirs):
 
 
 @needs_x86
+@each_cpu
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_nn_linear_on_a_part_of_the_channels_too(bias):
+def test_linear_is_nn_linear_on_a_part_of_the_channels_too(bias, vectors, monkeypatch):
+    monkeypatch.setattr(linear, "VECTORS", vectors)
     ours, theirs = Linear(24, 48, bias=bias), nn.Linear(24, 48, bias=bias)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 5, 60, 40)
@@ -40,8 +43,10 @@ def test_linear_is_nn_linear_on_a_part_of_the_channels_too(bias):
     assert close(*results)
 
 
+@each_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_feed_forward_in_blocks_is_the_plain_one(dtype, monkeypatch):
+def test_feed_forward_in_blocks_is_the_plain_one(dtype, vectors, monkeypatch):
+    monkeypatch.setattr(linear, "VECTORS", vectors)
     monkeypatch.setattr(linear, "BLOCK", 7 * 32)  # blocks of 7 rows, the last of 3
     shapes = (2, 19, 16), (32, 16), (32,), (16, 32), (16,)
     args = [torch.randn(shape, dtype=dtype) for shape in shapes]
