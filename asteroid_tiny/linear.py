@@ -1,10 +1,10 @@
 """Linear layers that are fast on any CPU, and a feed-forward network that keeps its input alone.
 
-PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on AMD's
-processors with AVX-512. oneDNN, which comes with PyTorch too, is fast on all; it is used here
-wherever it can be: for float32 on such a CPU, outside of autocast, tracing, compilation and export.
-Elsewhere, and with ``torch.backends.mkldnn.flags(enabled=False)``, the products are
-`torch.nn.functional.linear`.
+PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on some
+of AMD's processors. oneDNN, which comes with PyTorch too, is about as fast elsewhere; it is used
+wherever it can be: for float32 on such a CPU, outside of autocast, tracing, compilation and export,
+but for weight gradients on CPUs without AVX-512. Elsewhere, and with
+``torch.backends.mkldnn.flags(enabled=False)``, the products are `torch.nn.functional.linear`.
 
 Most of what a Transformer layer keeps for its backward pass are the hidden activations of its
 feed-forward network. They are computed again instead, a block of rows at a time, so that on a CPU
