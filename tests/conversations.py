@@ -153,7 +153,7 @@ def with_model(name, folder, n_conversations=12, seconds=90):
     """The same with a true model and speakers of a Kaldi data dir."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
-    model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE)
+    model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE, convert=True)
     rng, speakers = np.random.default_rng(0), list(speech.by_speaker)
     print("block   peer  without voices  as a stream  as a whole  best order")
     for block in (4, 8):
