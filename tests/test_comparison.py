@@ -180,7 +180,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_a_killed_comparison_continues_and_names_who_failed(fresh, tmp_path):
     exp_dir, settings = fresh
     settings |= {"budget_steps": 40, "budget_points": 8}

@@ -78,6 +78,7 @@ def test_help_lists_every_setting_with_the_default_of_the_recipe():
         (["--recipe", "none"], "no recipe 'none'; there are: librimix minispeech"),
         (["--tag", "../x"], "must be a plain name"),
         (["--python_path", "/no/python"], "/no/python is no program"),
+        (["--steps", "many"], "steps must be a whole number, not 'many'"),
         (["--lr=-1"], "lr must be above 0"),
         (["--preset", "huge"], "no preset 'huge'"),
         (["--n_heads", "7"], "n_heads (7) must divide"),
@@ -124,7 +125,6 @@ def test_stages_from_speech_to_results(tag):
     assert "best_model.pth is broken" in refusal("--stage", "3", "--tag", tag)
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_alike(tag, little_speech):
     options = [*SHORT, "--speech", str(little_speech)]
     whole, killed = f"{tag}-whole", f"{tag}-killed"
