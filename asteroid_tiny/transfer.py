@@ -1,4 +1,6 @@
-"""Weights of one model for the start of another: of other sources, or of a higher sample rate."""
+"""Weights of one model for the start of another: more sources, a higher rate, unshared layers."""
+
+import re
 
 import asteroid_filterbanks
 import torch
@@ -15,7 +17,8 @@ def copy_weights(model, name_or_path):
 
     From a model of another number of sources all weights come but those of the one layer that makes
     a signal for each source, which stay as they are. From one of a lower sample rate whose filters
-    and hops last as long, they come by `raise_rate`.
+    and hops last as long, they come by `raise_rate`. From a model that shares its layers for one that
+    does not, each layer of a stack gets those of the shared one, so that both compute the same.
 
     Raises:
         UserError: If there is no such model, or it has other sizes or another rate than that.
@@ -37,6 +40,9 @@ def copy_weights(model, name_or_path):
                 f"{model.sample_rate:g} Hz{hint}"
             )
         weights = raise_rate(weights, own, round(model.sample_rate), round(other.sample_rate))
+    if other.get_model_args()["share_layers"] and not model.get_model_args()["share_layers"]:
+        shared = {key: re.sub(r"\.layers\.\d+\.", ".layers.0.", key) for key in own}
+        weights = {key: weights[shared[key]] for key in own if shared[key] in weights}
     try:
         model.load_state_dict(weights)
     except RuntimeError:

@@ -92,6 +92,15 @@ def test_weights_for_two_sources_begin_a_training_for_three(make_run):
             torch.testing.assert_close(trained.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
+def test_shared_weights_begin_a_model_of_unshared_layers(make_run):
+    unshared = build_model({**make_run()[1], "share_layers": False}).eval()
+    assert len(unshared.masker.intra[0].layers) == 4
+    copy_weights(unshared, PACKAGED)
+    mixture = torch.from_numpy(soundfile.read(example_mixture(), dtype="float32")[0])
+    with torch.no_grad():
+        torch.testing.assert_close(unshared(mixture), from_pretrained(PACKAGED)(mixture))
+
+
 @pytest.mark.parametrize("n_filters, agreement", [(128, 25), (256, 12)])
 def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agreement, make_run):
     frames = dict(n_filters=n_filters, kernel_size=128, stride=64)  # 8 ms and 4 ms, as packaged
