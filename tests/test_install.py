@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_the_wheel_holds_the_code_and_no_speech(wheel):
     assert b"asteroid-tiny = asteroid_tiny.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
     assert not [name for name in names if name.endswith(".ogg") or name.startswith("egs")]
     assert wheel.stat().st_size < 25_000_000  # mostly packaged weights
+
+
+@pytest.mark.parametrize("package", ["torch", "torchaudio"])
+def test_it_asks_for_the_one_release_that_is_tested(package, wheel):
+    files = zipfile.ZipFile(wheel)
+    metadata = files.read(next(name for name in files.namelist() if name.endswith("/METADATA")))
+    wanted = f"Requires-Dist: {package}=={version(package).split('+')[0]}"
+    assert wanted in metadata.decode().splitlines()
 
 
 def test_what_the_wheel_installs_can_be_used(wheel, tmp_path):
