@@ -17,8 +17,8 @@ def copy_weights(model, name_or_path):
 
     From a model of another number of sources all weights come but those of the one layer that makes
     a signal for each source, which stay as they are. From one of a lower sample rate whose filters
-    and hops last as long, they come by `raise_rate`. From a model that shares its layers for one that
-    does not, each layer of a stack gets those of the shared one, so that both compute the same.
+    and hops last as long, they come by `raise_rate`. From a model that shares its layers to one
+    that does not, each layer of a stack gets those of the shared one, and both compute the same.
 
     Raises:
         UserError: If there is no such model, or it has other sizes or another rate than that.
