@@ -63,3 +63,24 @@ def test_what_the_wheel_installs_can_be_used(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 2, 4000)"
+
+
+def test_pesq_that_cannot_be_built_is_stood_in_for(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    commands = f"""
+        python={python}
+        . {ROOT}/local/setup.sh
+        setup_pesq && setup_pesq
+        $python -m pip install --no-index 'pesq>=0' && $python -m pip check
+        ! $python -c 'import pesq' 2> /dev/null && $python -m pip uninstall -y pesq
+    """
+    done = subprocess.run(
+        ["bash", "-ec", commands],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "already satisfied: pesq" in done.stdout and "uninstalled pesq-0" in done.stdout
+    assert not list(tmp_path.rglob("pesq*"))
