@@ -89,7 +89,8 @@ def test_peak_memory_is_that_of_the_tensors():
     def prepare(mixture):
         return lambda: held.clear() or held.append(torch.ones(mixture.shape[1], 1000))
 
-    rows = list(measure.at_each([0.5, 2], 100, prepare))
+    # from 32 MB on memory comes from the system, not from what other tests have freed
+    rows = list(measure.at_each([1.5, 4], 100, prepare))
     for row in rows:
         wanted = row["length"] * 8000 * 1000 * 4
         assert 0.95 * wanted <= row["peak_bytes"] <= 1.5 * wanted + 30e6
