@@ -274,8 +274,8 @@ def fit(trainer, system, exp_dir):
     """Trains on from the last checkpoint if there is one (Trainer, SeparationSystem, Path).
 
     Raises:
-        UserError: If another process of the training died, the disk is full, or somebody stopped it
-            (Ctrl-C).
+        UserError: If another process of the training died, the disk is full, the device lacks
+            memory, the model cannot be compiled there, or somebody stopped it (Ctrl-C).
     """
     last = exp_dir / "checkpoints" / "last.ckpt"
     try:
@@ -288,6 +288,16 @@ def fit(trainer, system, exp_dir):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(f"{exp_dir} could not be written: {reason(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device has too little memory for this training; take a smaller --batch_size or "
+            "--segment, or --checkpoint_activations true, and another --tag"
+        ) from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise UserError(
+            f"the model could not be compiled ({str(error).splitlines()[0]}); --compile false "
+            "trains without"
+        ) from error
     except RuntimeError as error:
         if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise

@@ -369,6 +369,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(model, speech, valid, tmp_path, 
     assert not list(last.parent.glob(".*"))
 
 
+def test_too_little_memory_is_told_in_one_sentence(model, speech, valid, tmp_path, monkeypatch):
+    def loss(*_, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training, "separation_loss", loss)
+    with pytest.raises(UserError, match="too little memory.*a smaller --batch_size"):
+        train(model, speech, valid, tmp_path, CONF)
+
+
+def test_a_model_that_cannot_be_compiled_is_told(model, speech, valid, tmp_path, monkeypatch):
+    def backend(graph, inputs):
+        raise torch._inductor.exc.InductorError(RuntimeError("no compiler"), None)
+
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    with pytest.raises(UserError, match=r"compiled \(RuntimeError: no compiler\); --compile false"):
+        train(model, speech, valid, tmp_path, {**CONF, "compile": True})
+
+
 def test_a_loss_that_is_no_number_ends_the_training(model, speech, valid, tmp_path):
     next(model.parameters()).data.fill_(math.nan)
     with pytest.raises(UserError, match="loss became nan at step 0"):
