@@ -13,7 +13,7 @@ fail() {
 find_python() {
   local candidate
   for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
-    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
@@ -48,13 +48,14 @@ setup_python() {
   if [ -f "$root/.venv/installed" ] && grep -qxF "$state" "$root/.venv/installed"; then
     return
   fi
-  if [ ! -x "$python" ]; then
-    local free
+  if ! "$python" -c 'import pip' 2>/dev/null; then  # none, or left half made
+    local base free
+    base=$(find_python) || exit 2
     free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')
     echo "Set-up: making .venv with PyTorch and its CUDA libraries. It downloads about 3 GB, takes"
     echo "7 GB of disk ($free GB are free) and a few minutes. README.md tells how to do with less."
     [ "$free" -ge 8 ] || fail "8 GB of free disk are needed in $root, there are $free"
-    "$(find_python)" -m venv "$root/.venv" || fail "python -m venv failed; install python3-venv"
+    "$base" -m venv --clear "$root/.venv" || fail "python -m venv failed; install python3-venv"
   fi
   setup_pesq
   "$python" -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy \

@@ -1,5 +1,6 @@
 """The package as users install it: a wheel, not a link to this folder."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -63,6 +64,26 @@ def test_what_the_wheel_installs_can_be_used(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 2, 4000)"
+
+
+def test_without_pythons_venv_module_nothing_is_half_made(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "cksum", "grep", "df", "awk"):
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "python3").chmod(0o755)
+    shutil.copy(ROOT / "setup.cfg", tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", f"root={tmp_path}; . {ROOT}/local/setup.sh; setup_python '' test; echo on"],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tools)},
+    )
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no Python from 3.10 on with its venv module")
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_pesq_that_cannot_be_built_is_stood_in_for(tmp_path):
