@@ -45,10 +45,10 @@ setup_python() {
   python=$root/.venv/bin/python
   local target="$root${2:+[$2]}" state
   state="$(cksum < "$root/setup.cfg") ${2:-}"
-  if [ -f "$root/.venv/installed" ] && grep -qxF "$state" "$root/.venv/installed"; then
+  if [ -x "$python" ] && grep -sqxF "$state" "$root/.venv/installed"; then
     return
   fi
-  if ! "$python" -c 'import pip' 2>/dev/null; then  # none, or left half made
+  if ! "$python" -c 'import pip' 2>/dev/null; then  # none, half made, or of a Python that is gone
     local base free
     base=$(find_python) || exit 2
     free=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')
