@@ -101,6 +101,16 @@ def test_shared_weights_begin_a_model_of_unshared_layers(make_run):
         torch.testing.assert_close(unshared(mixture), from_pretrained(PACKAGED)(mixture))
 
 
+def test_weights_begin_a_model_of_half_the_stride_at_their_level(make_run):
+    finer = build_model({**make_run()[1], "stride": 16, "chunk_size": 256}).eval()
+    copy_weights(finer, PACKAGED)
+    mixture = torch.from_numpy(soundfile.read(example_mixture(), dtype="float32")[0])
+    with torch.no_grad():
+        ours, theirs = finer(mixture), from_pretrained(PACKAGED)(mixture)
+    assert (ours - theirs).square().sum() < 0.3 * theirs.square().sum()
+    assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.1)
+
+
 @pytest.mark.parametrize("n_filters, agreement", [(128, 25), (256, 12)])
 def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agreement, make_run):
     frames = dict(n_filters=n_filters, kernel_size=128, stride=64)  # 8 ms and 4 ms, as packaged
