@@ -1,6 +1,7 @@
 """`asteroid-tiny separate` and `info`, as from the command line, on real files."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -253,7 +254,8 @@ def test_a_name_that_is_too_long_is_told_and_the_others_are_done(separate, talks
     (talks / f"{250 * 'x'}.wav").write_bytes(voice)
     status, text, errors = separate(talks)
     assert status == 1 and "4 separated" in text and "1 failed" in text
-    assert errors.count("error:") == 1 and "xxx.wav: File name too long" in errors
+    assert errors.count("error:") == 1
+    assert re.search(r"xxx(_est1)?\.wav\b.*: File name too long", errors)
 
 
 def test_a_recording_that_may_not_be_read_is_told_so(separate, talks, monkeypatch):

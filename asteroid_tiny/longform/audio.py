@@ -245,6 +245,7 @@ def _create(part, target, sample_rate, n_samples):
     try:
         return soundfile.SoundFile(part, "w", sample_rate, 1, FORMATS[name], format=container)
     except soundfile.LibsndfileError as error:
+        part.touch()  # raises what the system has to say, where libsndfile says "System error."
         raise UserError(f"{target} could not be written: {error.error_string}") from None
 
 
