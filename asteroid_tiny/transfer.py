@@ -17,9 +17,10 @@ def copy_weights(model, name_or_path):
 
     From a model of another number of sources all weights come but those of the one layer that makes
     a signal for each source, which stay as they are. From one of a lower sample rate whose filters
-    and hops last as long, they come by `raise_rate`. From one of another hop the decoder's filters
-    are scaled, since more or fewer frames sum to the signal. From a model that shares its layers to
-    one that does not, each layer of a stack gets those of the shared one; both compute the same.
+    and hops last as long, they come by `raise_rate`. From one of another hop learned filters of the
+    decoder are scaled, since more or fewer frames sum to the signal. From a model that shares its
+    layers to one that does not, each layer of a stack gets those of the shared one; both compute
+    the same.
 
     Raises:
         UserError: If there is no such model, or it has other sizes or another rate than that.
@@ -41,7 +42,7 @@ def copy_weights(model, name_or_path):
                 f"{model.sample_rate:g} Hz{hint}"
             )
         weights = raise_rate(weights, own, round(model.sample_rate), round(other.sample_rate))
-    elif model.decoder.stride != other.decoder.stride:
+    elif model.decoder.stride != other.decoder.stride and DECODER in weights:
         weights[DECODER] = weights[DECODER] * (model.decoder.stride / other.decoder.stride)
     if other.get_model_args()["share_layers"] and not model.get_model_args()["share_layers"]:
         shared = {key: re.sub(r"\.layers\.\d+\.", ".layers.0.", key) for key in own}

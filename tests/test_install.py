@@ -1,4 +1,4 @@
-"""The package as users install it: a wheel, not a link to this folder."""
+"""The package as users install it: a wheel, not a link to this folder; set-up on bare machines."""
 
 import shutil
 import subprocess
