@@ -143,13 +143,14 @@ def _evaluate_options(parser):
         "or fewer, and the level of the estimates that are nobody's is told")  # fmt: skip
     add("--overlap", type=float, default=1.0, metavar="RATIO", help="how much of a mixture two "
         "speakers share: 0 if they take turns, 1 if all talk all along (%(default)s)")  # fmt: skip
+    add("--reverb", action="store_true", help="let each mixture be heard in a simulated room")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
 
 
 @command("evaluate", _evaluate_options)
 def evaluate(options):
     """Measures a model on mixtures of unseen speakers: SI-SDR, BSS-eval, STOI, a page to listen."""
-    from .data import MixtureList, SpeechDir, draw_list, write_list
+    from .data import InRooms, MixtureList, SpeechDir, draw_list, write_list
     from .evaluation import evaluate
     from .inspection import open_model
     from .longform.folder import find_device
@@ -179,8 +180,10 @@ def evaluate(options):
         overlap_ratio=options.overlap,
     )
     write_list(options.out / "list.csv", mixtures, rate)
-    results = options.out / "results"
-    summary = evaluate(model, MixtureList(speech, options.out / "list.csv"), results, device)
+    results, dataset = options.out / "results", MixtureList(speech, options.out / "list.csv")
+    if options.reverb:
+        dataset = InRooms(dataset, options.seed)
+    summary = evaluate(model, dataset, results, device)
     print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
 
 

@@ -36,8 +36,9 @@ from .report import write_curves
 from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
 
-#: Settings that are arguments of `DynamicMixtures`.
-DRAWN = "max_gap overlap_ratio least_overlap silent_sources level_spread colour".split()
+#: Settings that are arguments of `DynamicMixtures`, and those of `RepeatedMixtures`, too.
+DRAWN = "max_gap overlap_ratio least_overlap level_spread colour".split()
+CHANGED = "silent_sources", "reverb"
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
 
@@ -354,18 +355,13 @@ def training_loader(speech, conf):
         seed=conf["seed"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
         size=size,
+        **{key: conf[key] for key in CHANGED if key in conf},
     )
     if isinstance(speech, MixtureList):
-        mixtures = RepeatedMixtures(
-            speech, silent_sources=conf.get("silent_sources", 0.0), **common
-        )
+        mixtures = RepeatedMixtures(speech, **common)
     else:
-        mixtures = DynamicMixtures(
-            speech,
-            conf["n_src"],
-            **{key: conf[key] for key in DRAWN if key in conf},
-            **common,
-        )
+        drawn = {key: conf[key] for key in DRAWN if key in conf}
+        mixtures = DynamicMixtures(speech, conf["n_src"], **drawn, **common)
     return DataLoader(
         mixtures,
         batch_size=per_process(conf),

@@ -104,6 +104,17 @@ def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
     assert not (tmp_path / "none").exists()
 
 
+def test_evaluate_lets_mixtures_be_heard_in_rooms(model, voices, tmp_path):
+    options = ["-n", "2", "--segment", "1", "--seed", "3"]
+    main(["evaluate", str(model), str(voices), "-o", str(tmp_path / "dry"), *options])
+    main(["evaluate", str(model), str(voices), "-o", str(tmp_path / "wet"), "--reverb", *options])
+    lists, tables = (
+        [(tmp_path / out / name).read_text() for out in ("dry", "wet")]
+        for name in ("list.csv", "results/metrics.csv")
+    )
+    assert lists[0] == lists[1] and tables[0] != tables[1]
+
+
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):
     file = tmp_path / "model.onnx"
     main(["export", str(model), "-o", str(file)])

@@ -121,6 +121,17 @@ def test_in_a_share_of_the_mixtures_some_sources_are_silent(listed):
     assert set(counts) == {1, 2} and 18 <= counts.count(1) <= 42
 
 
+def test_a_share_of_the_mixtures_is_heard_in_rooms_and_the_noise_stays_as_it_was(listed):
+    plain = RepeatedMixtures(listed, 8000, seed=0)
+    rooms = RepeatedMixtures(listed, 8000, seed=0, reverb=0.5)
+    changed = 0
+    for i in range(60):
+        noises = [mixture - sources.sum(0) for mixture, sources in (plain[i], rooms[i])]
+        torch.testing.assert_close(*noises, rtol=0, atol=1e-6)
+        changed += not torch.equal(plain[i][1], rooms[i][1])
+    assert 18 <= changed <= 42
+
+
 def test_short_mixtures_are_followed_by_silence(listed):
     mixture, sources = RepeatedMixtures(listed, 40000, seed=0)[0]
     assert mixture.shape == (40000,) and sources.shape == (2, 40000)

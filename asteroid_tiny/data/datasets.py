@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from .mixing import LEVEL_DB, SILENT, check_speakers, draw_mixture, read_list, render, same_colour
+from .rooms import in_a_room
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class EndlessMixtures(torch.utils.data.Dataset):
     Args:
         seed (int): Seed; together with the item's number it settles the item.
         size (int): What `len` says, the mixtures of one epoch.
+        reverb (float): Share of the mixtures, 0 to 1, that are heard in a room, see `in_a_room`.
 
     Raises:
         UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
@@ -76,9 +78,10 @@ class EndlessMixtures(torch.utils.data.Dataset):
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, seed, size):
+    def __init__(self, seed, size, reverb):
         self.seed = seed
         self.size = size
+        self.reverb = reverb
         self.broken = set()
 
     def __len__(self):
@@ -102,6 +105,12 @@ class EndlessMixtures(torch.utils.data.Dataset):
                 f"one: {reason}"
             )
 
+    def _in_a_room(self, rng, mixed, sources):
+        if not self.reverb or rng.random() >= self.reverb:
+            return mixed, sources
+        heard = in_a_room(sources, rng, self.speech.sample_rate)
+        return mixed + (heard - sources).sum(0), heard
+
 
 class DynamicMixtures(EndlessMixtures):
     """Training mixtures drawn afresh.
@@ -110,7 +119,7 @@ class DynamicMixtures(EndlessMixtures):
         speech (SpeechDir): Where the utterances are.
         n_src (int): Number of sources, of different speakers.
         length (int): Length in samples.
-        seed, size (int): See `EndlessMixtures`.
+        seed, size, reverb: See `EndlessMixtures`.
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
@@ -134,9 +143,10 @@ class DynamicMixtures(EndlessMixtures):
         silent_sources=0.0,
         level_spread=0.0,
         colour=0.0,
+        reverb=0.0,
         size=1,
     ):
-        super().__init__(seed, size)
+        super().__init__(seed, size, reverb)
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -170,6 +180,7 @@ class DynamicMixtures(EndlessMixtures):
         if self.colour:
             sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)
+        mixed, sources = self._in_a_room(rng, mixed, sources)
         silent = self.n_src - len(sources)
         return mixed, torch.nn.functional.pad(sources, (0, 0, 0, silent))
 
@@ -183,13 +194,15 @@ class RepeatedMixtures(EndlessMixtures):
     Args:
         mixtures (MixtureList): The list.
         length (int): Length in samples.
-        seed, size (int): See `EndlessMixtures`.
+        seed, size, reverb: See `EndlessMixtures`.
         speeds (sequence of int): Playback speeds in percent, drawn for each source.
         silent_sources (float): See `DynamicMixtures`; sources are taken out of the mixture.
     """
 
-    def __init__(self, mixtures, length, seed, speeds=(100,), silent_sources=0.0, size=1):
-        super().__init__(seed, size)
+    def __init__(
+        self, mixtures, length, seed, speeds=(100,), silent_sources=0.0, reverb=0.0, size=1
+    ):
+        super().__init__(seed, size, reverb)
         self.mixtures = mixtures.mixtures
         self.speech = mixtures.speech
         self.noise = mixtures.noise
@@ -214,7 +227,7 @@ class RepeatedMixtures(EndlessMixtures):
             silent = rng.permutation(len(sources))[rng.integers(1, len(sources)) :]
             mixed, sources = mixed - sources[silent].sum(0), sources.clone()
             sources[silent] = 0
-        return mixed, sources
+        return self._in_a_room(rng, mixed, sources)
 
 
 class SharedOut(torch.utils.data.Sampler):
