@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from scipy.signal import oaconvolve
 
-DECAY = 0.1, 0.6  # s in which reverberation falls by 60 dB
-DIRECT = -5.0, 10.0  # dB of the direct sound re all reverberation: a few metres away, or close by
+DECAY = 0.1, 0.7  # s in which reverberation falls by 60 dB
+DIRECT = -12.0, 6.0  # dB of the direct sound re all reverberation: a few metres away, or close by
 FIRST = 0.002  # s after the direct sound, before which nothing comes back
 
 
