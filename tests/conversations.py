@@ -1,7 +1,8 @@
 """Conversations of real speech, a separator that knows them, and how often speakers change files.
 
 `python tests/conversations.py` prints the table of the README (minutes);
-`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir.
+`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, and
+`python tests/conversations.py MODEL DIR rooms` that of conversations in rooms.
 """
 
 import itertools
@@ -14,6 +15,7 @@ import torch
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.data.mixing import same_colour
+from asteroid_tiny.data.rooms import in_a_room
 from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
 
@@ -149,7 +151,7 @@ def best_order(model, sources, block):
     return tracks
 
 
-def with_model(name, folder, n_conversations=12, seconds=90):
+def with_model(name, folder, where=None, n_conversations=12, seconds=90):
     """The same with a true model and speakers of a Kaldi data dir."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
@@ -162,6 +164,9 @@ def with_model(name, folder, n_conversations=12, seconds=90):
             sources = conversation(
                 speech, list(rng.permutation(speakers)[: model.n_src]), seconds, seed
             )
+            if where == "rooms":
+                room = np.random.default_rng(seed)
+                sources = in_a_room(torch.from_numpy(sources), room, RATE).numpy()
             mixture, half = sources.sum(0), block / 2
             with torch.inference_mode():
                 added = LambdaOverlapAdd(model, model.n_src, block * RATE)(
