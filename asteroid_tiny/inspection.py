@@ -16,7 +16,7 @@ from .hub import locate
 from .models import from_pretrained
 from .weights import open_stored
 
-DEFAULT = "tiny-sepformer-xs_2spk_8k"
+DEFAULT = "tiny-sepformer-xs-stride16_2spk_8k"
 MEMORY_SECONDS = 4
 SHOWN = ("si_sdr_i", "sdr_i", "stoi", "n_mixtures")  # of the metrics
 #: What the other lines say, of what is told about a model.
