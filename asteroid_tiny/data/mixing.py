@@ -319,8 +319,13 @@ def same_colour(sources, rng, spread):
         response = np.interp(np.linspace(0, BANDS - 1, 65), np.arange(BANDS), gains)
         taps = np.roll(np.fft.irfft(10 ** (response / 20)), 64) * np.hanning(128)
         new = oaconvolve(samples, taps, mode="same")
-        filtered.append(new * np.sqrt(np.mean(samples**2) / max(np.mean(new**2), 1e-12)))
+        filtered.append(as_loud_as(samples, new))
     return torch.from_numpy(np.stack(filtered).astype(np.float32))
+
+
+def as_loud_as(samples, new):
+    """`new` at the root mean square of `samples` (numpy.ndarray); silence stays silent."""
+    return new * np.sqrt(np.mean(samples**2) / max(np.mean(new**2), 1e-12))
 
 
 def _stretch(speech, source):

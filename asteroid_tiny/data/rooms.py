@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.signal import oaconvolve
 
+from .mixing import as_loud_as
+
 DECAY = 0.1, 0.7  # s in which reverberation falls by 60 dB
 DIRECT = -12.0, 6.0  # dB of the direct sound re all reverberation: a few metres away, or close by
 FIRST = 0.002  # s after the direct sound, before which nothing comes back
@@ -33,7 +35,7 @@ def in_a_room(sources, rng, sample_rate):
         response *= 10 ** (-rng.uniform(*DIRECT) / 20) / np.linalg.norm(response)
         response[0] = 1
         new = oaconvolve(samples, response.astype(np.float32))[: len(samples)]
-        heard.append(new * np.sqrt(np.mean(samples**2) / max(np.mean(new**2), 1e-12)))
+        heard.append(as_loud_as(samples, new))
     return torch.from_numpy(np.stack(heard).astype(np.float32))
 
 
