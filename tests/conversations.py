@@ -15,7 +15,7 @@ import torch
 from asteroid_tiny import from_pretrained
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.data.mixing import same_colour
-from asteroid_tiny.data.rooms import in_a_room
+from asteroid_tiny.data.surroundings import in_a_room
 from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
 

@@ -104,15 +104,21 @@ def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
     assert not (tmp_path / "none").exists()
 
 
-def test_evaluate_lets_mixtures_be_heard_in_rooms(model, voices, tmp_path):
-    options = ["-n", "2", "--segment", "1", "--seed", "3"]
-    main(["evaluate", str(model), str(voices), "-o", str(tmp_path / "dry"), *options])
-    main(["evaluate", str(model), str(voices), "-o", str(tmp_path / "wet"), "--reverb", *options])
-    lists, tables = (
-        [(tmp_path / out / name).read_text() for out in ("dry", "wet")]
-        for name in ("list.csv", "results/metrics.csv")
-    )
-    assert lists[0] == lists[1] and tables[0] != tables[1]
+def test_evaluate_lets_mixtures_be_heard_in_rooms_and_noise(model, voices, tmp_path, capsys):
+    options, noise = ["-n", "2", "--segment", "1"], ["--snr", "5"]
+    ways = {"plain": [], "rooms": ["--reverb"], "noise": noise, "both": ["--reverb", *noise]}
+    lists, tables, inputs = [], [], {}
+    for name, way in ways.items():
+        out = tmp_path / name
+        main(["evaluate", str(model), str(voices), "-o", str(out), *options, *way])
+        lists.append((out / "list.csv").read_text())
+        tables.append((out / "results" / "metrics.csv").read_text())
+        summary = json.loads((out / "results" / "summary.json").read_text())
+        inputs[name] = summary["groups"]["all"]["input_si_sdr"]["mean"]
+    assert len(set(lists)) == 1 and len(set(tables)) == 4
+    assert inputs["noise"] < inputs["plain"] - 1 and inputs["both"] < inputs["rooms"] - 1
+    assert status("evaluate", model, voices, "-o", tmp_path / "no", "--snr", "nan") == 2
+    assert "--snr must be from" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):

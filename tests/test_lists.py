@@ -132,6 +132,13 @@ def test_a_share_of_the_mixtures_is_heard_in_rooms_and_the_noise_stays_as_it_was
     assert 18 <= changed <= 42
 
 
+def test_to_a_share_of_the_mixtures_more_noise_is_added(listed):
+    plain = RepeatedMixtures(listed, 8000, seed=0)
+    noisy = RepeatedMixtures(listed, 8000, seed=0, noise=0.5)
+    assert all(torch.equal(plain[i][1], noisy[i][1]) for i in range(10))
+    assert 18 <= sum(not torch.equal(plain[i][0], noisy[i][0]) for i in range(60)) <= 42
+
+
 def test_short_mixtures_are_followed_by_silence(listed):
     mixture, sources = RepeatedMixtures(listed, 40000, seed=0)[0]
     assert mixture.shape == (40000,) and sources.shape == (2, 40000)

@@ -150,6 +150,7 @@ def an_optimizer():
         dict(least_overlap=0.2),
         dict(silent_sources=1.0),
         dict(reverb=1.0),
+        dict(noise=1.0),
         dict(level_spread=0.0),
         dict(colour=0.0),
         dict(speed_perturb=0),

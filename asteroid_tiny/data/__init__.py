@@ -3,12 +3,12 @@
 from .datasets import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .kaldi import NoiseDir, SpeechDir, check_disjoint
 from .mixing import draw_list, read_list, write_list
-from .rooms import InRooms
+from .surroundings import InSurroundings
 
 __all__ = [
     "DynamicMixtures",
     "EpochSampler",
-    "InRooms",
+    "InSurroundings",
     "MixtureList",
     "NoiseDir",
     "RepeatedMixtures",

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from .mixing import LEVEL_DB, SILENT, check_speakers, draw_mixture, read_list, render, same_colour
-from .rooms import in_a_room
+from .surroundings import SNR, in_a_room, noise_for
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class EndlessMixtures(torch.utils.data.Dataset):
         seed (int): Seed; together with the item's number it settles the item.
         size (int): What `len` says, the mixtures of one epoch.
         reverb (float): Share of the mixtures, 0 to 1, that are heard in a room, see `in_a_room`.
+        noise (float): Share of the mixtures, 0 to 1, to which noise is added, see `noise_for`.
 
     Raises:
         UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
@@ -78,10 +79,11 @@ class EndlessMixtures(torch.utils.data.Dataset):
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, seed, size, reverb):
+    def __init__(self, seed, size, reverb, noise):
         self.seed = seed
         self.size = size
         self.reverb = reverb
+        self.noise = noise
         self.broken = set()
 
     def __len__(self):
@@ -105,11 +107,14 @@ class EndlessMixtures(torch.utils.data.Dataset):
                 f"one: {reason}"
             )
 
-    def _in_a_room(self, rng, mixed, sources):
-        if not self.reverb or rng.random() >= self.reverb:
-            return mixed, sources
-        heard = in_a_room(sources, rng, self.speech.sample_rate)
-        return mixed + (heard - sources).sum(0), heard
+    def _in_surroundings(self, rng, mixed, sources):
+        if self.reverb and rng.random() < self.reverb:
+            heard = in_a_room(sources, rng, self.speech.sample_rate)
+            mixed, sources = mixed + (heard - sources).sum(0), heard
+        if self.noise and rng.random() < self.noise:
+            snr = rng.uniform(*SNR)
+            mixed = mixed + noise_for(sources.sum(0), rng, self.speech.sample_rate, snr)
+        return mixed, sources
 
 
 class DynamicMixtures(EndlessMixtures):
@@ -119,7 +124,7 @@ class DynamicMixtures(EndlessMixtures):
         speech (SpeechDir): Where the utterances are.
         n_src (int): Number of sources, of different speakers.
         length (int): Length in samples.
-        seed, size, reverb: See `EndlessMixtures`.
+        seed, size, reverb, noise: See `EndlessMixtures`.
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
@@ -144,9 +149,10 @@ class DynamicMixtures(EndlessMixtures):
         level_spread=0.0,
         colour=0.0,
         reverb=0.0,
+        noise=0.0,
         size=1,
     ):
-        super().__init__(seed, size, reverb)
+        super().__init__(seed, size, reverb, noise)
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -180,7 +186,7 @@ class DynamicMixtures(EndlessMixtures):
         if self.colour:
             sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)
-        mixed, sources = self._in_a_room(rng, mixed, sources)
+        mixed, sources = self._in_surroundings(rng, mixed, sources)
         silent = self.n_src - len(sources)
         return mixed, torch.nn.functional.pad(sources, (0, 0, 0, silent))
 
@@ -194,18 +200,26 @@ class RepeatedMixtures(EndlessMixtures):
     Args:
         mixtures (MixtureList): The list.
         length (int): Length in samples.
-        seed, size, reverb: See `EndlessMixtures`.
+        seed, size, reverb, noise: See `EndlessMixtures`.
         speeds (sequence of int): Playback speeds in percent, drawn for each source.
         silent_sources (float): See `DynamicMixtures`; sources are taken out of the mixture.
     """
 
     def __init__(
-        self, mixtures, length, seed, speeds=(100,), silent_sources=0.0, reverb=0.0, size=1
+        self,
+        mixtures,
+        length,
+        seed,
+        speeds=(100,),
+        silent_sources=0.0,
+        reverb=0.0,
+        noise=0.0,
+        size=1,
     ):
-        super().__init__(seed, size, reverb)
+        super().__init__(seed, size, reverb, noise)
         self.mixtures = mixtures.mixtures
         self.speech = mixtures.speech
-        self.noise = mixtures.noise
+        self.noises = mixtures.noise
         self.length = length
         self.speeds = speeds
         self.silent_sources = silent_sources
@@ -215,7 +229,7 @@ class RepeatedMixtures(EndlessMixtures):
         order = np.random.default_rng([self.seed, n_passes, 0]).permutation(len(self.mixtures))
         mixture = self.mixtures[order[place]]
         sources = [s._replace(speed=int(rng.choice(self.speeds))) for s in mixture.sources]
-        signals = render(self.speech, mixture._replace(sources=tuple(sources)), self.noise)
+        signals = render(self.speech, mixture._replace(sources=tuple(sources)), self.noises)
         missing = max(0, self.length - mixture.length)
         signals = [torch.nn.functional.pad(signal, (0, missing)) for signal in signals]
         for _ in range(10):
@@ -227,7 +241,7 @@ class RepeatedMixtures(EndlessMixtures):
             silent = rng.permutation(len(sources))[rng.integers(1, len(sources)) :]
             mixed, sources = mixed - sources[silent].sum(0), sources.clone()
             sources[silent] = 0
-        return self._in_a_room(rng, mixed, sources)
+        return self._in_surroundings(rng, mixed, sources)
 
 
 class SharedOut(torch.utils.data.Sampler):

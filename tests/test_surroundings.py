@@ -1,18 +1,19 @@
-"""Rooms: how sound dies away in them, what stays as it was, and mixtures that are heard there."""
+"""Rooms, how sound dies away in them, noise, its level and spectrum, and mixtures heard in both."""
 
 import numpy as np
 import pytest
 import torch
-from sounds import level
+from scipy.signal import welch
+from sounds import level, tone
 
 from asteroid_tiny.data import (
     DynamicMixtures,
-    InRooms,
+    InSurroundings,
     MixtureList,
     draw_list,
     write_list,
 )
-from asteroid_tiny.data.rooms import DECAY, DIRECT, FIRST, in_a_room
+from asteroid_tiny.data.surroundings import DECAY, DIRECT, FIRST, SNR, in_a_room, noise_for
 
 RATE = 8000
 
@@ -72,14 +73,58 @@ def test_a_share_of_the_training_mixtures_is_heard_in_rooms(valid_speech):
     assert torch.equal(dry[3][0], DynamicMixtures(valid_speech, **args)[3][0])
 
 
-def test_each_mixture_of_a_list_has_a_room_of_its_own(valid_speech, tmp_path):
+def test_noise_has_its_level_and_falls_from_low_to_high_frequencies():
+    mixture = torch.from_numpy(tone(440, 4.0) / 32768).float()
+    slopes, swells = [], []
+    for seed in range(40):
+        noise = noise_for(mixture, np.random.default_rng(seed), RATE, 12.0).numpy()
+        assert noise.shape == mixture.shape and noise.dtype == np.float32
+        assert level(mixture) - level(noise) == pytest.approx(12.0, abs=0.01)
+        frequencies, power = welch(noise, RATE, nperseg=1024)
+        used = (frequencies > 60) & (frequencies < 3900)
+        octaves, decibels = np.log2(frequencies[used]), 10 * np.log10(power[used])
+        slopes.append(np.polyfit(octaves, decibels, 1)[0])
+        swells.append(np.std([level(half) for half in noise.reshape(8, -1)]))
+    assert -10 < min(slopes) < -5 and 0 < max(slopes) < 4 and -4.5 < np.mean(slopes) < -1.5
+    assert min(swells) < 1 and 2 < max(swells) < 6
+
+
+def test_silence_and_single_samples_take_noise():
+    rng = np.random.default_rng(0)
+    assert not noise_for(torch.zeros(8000), rng, RATE, 0.0).any()
+    for length in (1, 2, 7919):
+        assert torch.isfinite(noise_for(torch.ones(length), rng, RATE, 0.0)).all()
+
+
+def test_noise_is_added_to_a_share_of_the_training_mixtures(valid_speech):
+    args = dict(n_src=2, length=8000, seed=0, size=60, silent_sources=0.3)
+    clean, noisy = (DynamicMixtures(valid_speech, noise=share, **args) for share in (0.0, 0.5))
+    ratios = []
+    for i in range(60):
+        (mixture, sources), (noisy_mixture, same_sources) = clean[i], noisy[i]
+        assert torch.equal(sources, same_sources), "what is to be estimated has no noise"
+        noise = noisy_mixture - mixture
+        if noise.any():
+            ratios.append(level(mixture) - level(noise))
+    assert 18 <= len(ratios) <= 42
+    assert SNR[0] - 0.01 < min(ratios) and max(ratios) < SNR[1] + 0.01
+
+
+@pytest.mark.parametrize("reverb", [False, True])
+@pytest.mark.parametrize("snr", [None, 5.0])
+def test_each_mixture_of_a_list_has_surroundings_of_its_own(valid_speech, tmp_path, reverb, snr):
     write_list(tmp_path / "list.csv", draw_list(valid_speech, 3, 2, 8000, seed=1), RATE)
     listed = MixtureList(valid_speech, tmp_path / "list.csv")
-    rooms, others = InRooms(listed, seed=1), InRooms(listed, seed=2)
-    assert len(rooms) == 3 and rooms.sample_rate == RATE
-    assert rooms.describe(1) == listed.describe(1)
+    here, there = (InSurroundings(listed, seed, reverb, snr) for seed in (1, 2))
+    assert len(here) == 3 and here.sample_rate == RATE
+    assert here.describe(1) == listed.describe(1)
     for i in range(3):
-        mixture, sources = rooms[i]
-        torch.testing.assert_close(mixture, sources.sum(0))
-        assert not torch.allclose(mixture, listed[i][0], atol=1e-3)
-        assert torch.equal(mixture, rooms[i][0]) and not torch.equal(mixture, others[i][0])
+        mixture, sources = here[i]
+        assert torch.equal(mixture, here[i][0])
+        assert torch.equal(mixture, there[i][0]) == (not reverb and snr is None)
+        assert torch.equal(sources, listed[i][1]) != reverb
+        noise = mixture - sources.sum(0)
+        if snr is None:
+            torch.testing.assert_close(noise, torch.zeros(8000))
+        else:
+            assert level(sources.sum(0)) - level(noise) == pytest.approx(snr, abs=0.01)

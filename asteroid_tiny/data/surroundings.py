@@ -1,0 +1,111 @@
+"""Surroundings: mixtures as they are heard where walls throw speech back, and in noise.
+
+The response of a room is the direct sound, then noise that decays exponentially, as by J.-D.
+Polack, "La transmission de l'énergie sonore dans les salles", 1988. It has the reverberation of a
+room, but no single reflections. Noise is Gaussian, of a random spectrum, and slowly grows louder
+and softer, as that of fans, traffic, rain or a cheap microphone does; it has no voices or knocks.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy.signal import oaconvolve
+
+from .mixing import as_loud_as
+
+DECAY = 0.1, 0.7  # s in which reverberation falls by 60 dB
+DIRECT = -12.0, 6.0  # dB of the direct sound re all reverberation: a few metres away, or close by
+FIRST = 0.002  # s after the direct sound, before which nothing comes back
+SNR = 0.0, 25.0  # dB of all speech re the noise
+LOWEST = 50.0  # Hz, below which the spectrum of noise is flat
+SLOPE = -7.0, 1.0  # dB per octave above, from brown noise (-6) over pink (-3) to white (0)
+BUMPS = 4.0  # dB, standard deviation of the spectrum at each octave about that slope
+SWELL = 0.0, 4.0  # dB, standard deviation of the level of noise from one second to the next
+
+
+def in_a_room(sources, rng, sample_rate):
+    """Lets all sources of a mixture be heard in one room, drawn at random, each from its place.
+
+    Args:
+        sources (torch.Tensor): (n_src, time).
+        rng (np.random.Generator): Source of chance.
+        sample_rate (int): In Hz.
+
+    Returns:
+        torch.Tensor: (n_src, time); the level of each source stays what it was.
+    """
+    decay = rng.uniform(*DECAY)
+    time = np.arange(round(decay * sample_rate)) / sample_rate
+    heard = []
+    for samples in sources.numpy():
+        response = rng.normal(size=len(time)) * 10 ** (-3 * time / decay) * (time >= FIRST)
+        response *= 10 ** (-rng.uniform(*DIRECT) / 20) / np.linalg.norm(response)
+        response[0] = 1
+        new = oaconvolve(samples, response.astype(np.float32))[: len(samples)]
+        heard.append(as_loud_as(samples, new))
+    return torch.from_numpy(np.stack(heard).astype(np.float32))
+
+
+def noise_for(mixture, rng, sample_rate, snr):
+    """Draws noise for a mixture.
+
+    Args:
+        mixture (torch.Tensor): (time,).
+        rng (np.random.Generator): Source of chance.
+        sample_rate (int): In Hz.
+        snr (float): Level of the mixture re the noise, in dB.
+
+    Returns:
+        torch.Tensor: (time,); silence for a silent mixture.
+    """
+    length = len(mixture)
+    frequencies = np.fft.rfftfreq(length, 1 / sample_rate)
+    octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
+    bumps = rng.normal(0, BUMPS, 1 + math.ceil(octaves.max()))
+    spectrum = rng.uniform(*SLOPE) * octaves + np.interp(octaves, np.arange(len(bumps)), bumps)
+    waves = rng.normal(size=(2, len(octaves))) * 10 ** (spectrum / 20)
+    seconds = np.arange(length) / sample_rate
+    swell = rng.uniform(*SWELL) * rng.normal(size=2 + math.ceil(length / sample_rate))
+    noise = np.fft.irfft(waves[0] + 1j * waves[1], length)
+    noise *= 10 ** (np.interp(seconds, np.arange(len(swell)), swell) / 20)
+    wanted = mixture.numpy() * 10 ** (-snr / 20)
+    return torch.from_numpy(as_loud_as(wanted, noise).astype(np.float32))
+
+
+class InSurroundings(torch.utils.data.Dataset):
+    """The mixtures of a list without noise, each in surroundings of its own, always the same.
+
+    Args:
+        mixtures (MixtureList): The list.
+        seed (int): Of the surroundings.
+        reverb (bool): Whether each mixture is heard in a room.
+        snr (float, optional): Level of all speech re noise, in dB; None for no noise.
+
+    Shape:
+        Items are (mixture, sources): (time,) and (n_src, time), the sources as they are heard.
+    """
+
+    def __init__(self, mixtures, seed, reverb=False, snr=None):
+        self.mixtures = mixtures
+        self.seed = seed
+        self.reverb = reverb
+        self.snr = snr
+        self.sample_rate = mixtures.sample_rate
+
+    def __len__(self):
+        return len(self.mixtures)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, index])
+        sources = self.mixtures[index][1]
+        if self.reverb:
+            sources = in_a_room(sources, rng, self.sample_rate)
+        mixture = sources.sum(0)
+        if self.snr is not None:
+            mixture = mixture + noise_for(mixture, rng, self.sample_rate, self.snr)
+        return mixture, sources
+
+    def describe(self, index):
+        """See `MixtureList.describe`."""
+        return self.mixtures.describe(index)
