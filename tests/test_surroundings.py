@@ -84,7 +84,7 @@ def test_noise_has_its_level_and_falls_from_low_to_high_frequencies():
         used = (frequencies > 60) & (frequencies < 3900)
         octaves, decibels = np.log2(frequencies[used]), 10 * np.log10(power[used])
         slopes.append(np.polyfit(octaves, decibels, 1)[0])
-        swells.append(np.std([level(half) for half in noise.reshape(8, -1)]))
+        swells.append(np.std([level(part) for part in noise.reshape(8, -1)]))
     assert -10 < min(slopes) < -5 and 0 < max(slopes) < 4 and -4.5 < np.mean(slopes) < -1.5
     assert min(swells) < 1 and 2 < max(swells) < 6
 
