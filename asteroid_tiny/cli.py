@@ -45,7 +45,8 @@ def _separate_options(parser):
     add("--format", default="wav", choices=("wav", "flac", "ogg"), help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ..; a GPU by default, if there is one")
     add("--block", type=float, default=4.0, metavar="SECONDS", help="length of the overlapping "
-        "blocks that the model gets, half of which overlaps (%(default)s)")  # fmt: skip
+        "blocks that the model gets, half of which overlaps (%(default)s); a recording of up to "
+        "three is one block")  # fmt: skip
     add("--batch", type=int, metavar="N", help="blocks at a time (1, on a GPU 8)")
     add("--force", action="store_true", help="write anew what is there")
     add("--no-mixture-consistency", action="store_true", help="leave the estimates as the model "

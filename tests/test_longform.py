@@ -52,6 +52,23 @@ def test_what_fits_in_one_block_is_separated_as_by_the_model(talk, n_samples):
     np.testing.assert_allclose(found, plain[order], atol=1e-5)
 
 
+def test_a_short_recording_is_one_block_unless_it_is_a_stream(talk):
+    def lengths(separate, n_samples, **options):
+        model = Shares(0.75, 0.25)
+        mixture = talk[:n_samples]
+        tracks = separate(model, mixture, block=2.0, overlap=1.0, **options)
+        np.testing.assert_allclose(tracks.sum(0), mixture, atol=1e-6)
+        return [n for _, n in model.batches]
+
+    def streamed(model, mixture, **options):
+        pieces = np.split(mixture, range(1000, len(mixture), 1000))
+        return np.concatenate(list(separate_stream(model, pieces, **options)), axis=1)
+
+    assert lengths(separate_long, 6 * RATE) == [6 * RATE]
+    assert lengths(separate_long, 6 * RATE + 1) == [2 * RATE] * 6
+    assert lengths(streamed, 6 * RATE) == [2 * RATE] * 5
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.77, 1.0, 1.9])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size):

@@ -3,7 +3,8 @@
 Blocks overlap. Every sample is the mean of what the blocks around it say, weighted by a Hann window
 over each block and divided by the sum of the windows, so that any hop gives the right level. Which
 output of a block is which speaker is up to `tracking`: of a stream it is decided at once, of a
-recording once all its blocks are separated, which is more often right.
+recording once all its blocks are separated, which is more often right. A short recording is one
+block, though longer than others: so there is nothing to decide.
 """
 
 import io
@@ -21,6 +22,8 @@ from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
 BLOCK, OVERLAP = 4.0, 2.0  # s
+SHORT = 3  # blocks; a recording that is no longer is one block. In 120 conversations of 5 to 12 s of
+# validation speakers 8.9 % of the speech was then in the wrong file, else 12.0; at 24 s more was.
 FADE = 0.02  # s, where a block's outputs change places in its middle
 LOUDEST = 1e6  # of a recording; squares of what is far louder leave the range of float32
 ABSURD = 1e15  # of estimates, likewise; NaN is not below it either
@@ -74,7 +77,7 @@ def separate_long(model, mixture, **options):
     Args:
         model (callable): See `separate_stream`.
         mixture (numpy.ndarray): (time,)
-        **options: See there.
+        **options: See there. A recording of up to `SHORT` blocks is separated as one.
 
     Returns:
         numpy.ndarray: (n_src, time) float32.
@@ -99,13 +102,14 @@ def separate_long(model, mixture, **options):
     return np.concatenate(list(whole.tracks()), axis=1)
 
 
-def cut(pieces, size, hop):
+def cut(pieces, size, hop, short=0):
     """Cuts a stream into blocks; the last one ends with the stream and is as long as the others.
 
     Args:
         pieces (iterable of numpy.ndarray): The stream, (time,) each.
         size (int): Samples of a block; a shorter stream is one shorter block.
         hop (int): Samples from one start to the next, at most `size`; fewer to the last.
+        short (int): Samples up to which a stream is one block, too.
 
     Yields:
         tuple: Start, and block (numpy.ndarray).
@@ -113,13 +117,15 @@ def cut(pieces, size, hop):
     Examples:
         >>> list(cut([np.arange(5), np.arange(5, 7)], size=4, hop=2))
         [(0, array([0, 1, 2, 3])), (2, array([2, 3, 4, 5])), (3, array([3, 4, 5, 6]))]
+        >>> list(cut([np.arange(5)], size=4, hop=2, short=5))
+        [(0, array([0, 1, 2, 3, 4]))]
     """
-    held, start, last = np.zeros(0, np.float32), 0, None
+    held, start, last, longest = np.zeros(0, np.float32), 0, None, max(size, short)
     for piece in pieces:
         # a copy in any case: who gives the pieces may use their memory again
         held = np.concatenate([held, piece]) if len(held) else np.array(piece)
-        while len(held) > size:
-            last = held[:size]
+        while len(held) > longest:
+            last, longest = held[:size], size
             yield start, last
             held, start = held[hop:], start + hop
     if last is not None:
@@ -130,9 +136,12 @@ def cut(pieces, size, hop):
 
 
 def _separate_blocks(
-    model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True
+    model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True, short=1
 ):
-    """Yields the start and the estimates of all blocks; see `separate_stream`."""
+    """Yields the start and the estimates of all blocks; see `separate_stream`.
+
+    A recording of up to `short` blocks is one.
+    """
     size = round(block * model.sample_rate)
     hop = size - round(overlap * model.sample_rate)
     if not 0 < hop <= size:
@@ -141,7 +150,7 @@ def _separate_blocks(
             f"longer than {max(overlap, 0):g} s"
         )
     parameter = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
-    for batch in _batches(cut(pieces, size, hop), batch_size):
+    for batch in _batches(cut(pieces, size, hop, short * size), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
             raise UserError("the recording holds samples that are NaN or infinite")
@@ -206,7 +215,7 @@ class _Whole:
     def separate(self, model, pieces, memory=True, **options):
         """Separates all blocks; yields the number of samples that are done (int)."""
         self.fade = max(1, round(FADE * model.sample_rate))
-        for start, estimates in _separate_blocks(model, pieces, **options):
+        for start, estimates in _separate_blocks(model, pieces, short=SHORT, **options):
             if self.n_src is None:
                 self.n_src = len(estimates)
                 tracker = SpeakerTracker(self.n_src, model.sample_rate, memory)
@@ -255,7 +264,7 @@ def separate_file(
             seconds or None.
         mixture_consistency (bool): Whether the files are brought to sum to the recording, in the
             model's band as `levels.make_consistent` does and above as `upper_band` does.
-        **options: See `separate_stream`.
+        **options: See `separate_long`.
 
     Returns:
         dict: `seconds`, `n_channels`, `sample_rate` of the recording; `gain` and `levels` of what

@@ -42,7 +42,7 @@ def separate_all(
         out (str): The folder.
         format (str): One of `audio.FORMATS`.
         device (str): Where the model runs; "auto" is a GPU, if there is one.
-        block (float): Length of a block in seconds.
+        block (float): Length of a block in seconds; a recording of up to three is one block.
         batch (int, optional): Blocks at a time.
         force (bool): Whether files that are there are written anew.
         no_mixture_consistency (bool): See `blocks.separate_stream`.
