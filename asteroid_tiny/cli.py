@@ -145,14 +145,22 @@ def _evaluate_options(parser):
     add("--overlap", type=float, default=1.0, metavar="RATIO", help="how much of a mixture two "
         "speakers share: 0 if they take turns, 1 if all talk all along (%(default)s)")  # fmt: skip
     add("--reverb", action="store_true", help="let each mixture be heard in a simulated room")
-    add("--snr", type=float, metavar="DB", help="add noise, so much softer than the speech")
+    add("--snr", type=float, metavar="DB", help="add noise, so much softer than the speech,")
+    add("--noise_dir", metavar="DIR", help="of recordings in this folder; else it is simulated")
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
 
 
 @command("evaluate", _evaluate_options)
 def evaluate(options):
     """Measures a model on mixtures of unseen speakers: SI-SDR, BSS-eval, STOI, a page to listen."""
-    from .data import InSurroundings, MixtureList, SpeechDir, draw_list, write_list
+    from .data import (
+        InSurroundings,
+        MixtureList,
+        RecordedNoise,
+        SpeechDir,
+        draw_list,
+        write_list,
+    )
     from .evaluation import evaluate
     from .inspection import open_model
     from .longform.folder import find_device
@@ -167,6 +175,9 @@ def evaluate(options):
         raise UserError(f"--overlap must be from 0 to 1, not {options.overlap:g}")
     if options.snr is not None and not -100 <= options.snr <= 100:
         raise UserError(f"--snr must be from -100 to 100 dB, not {options.snr:g}")
+    if options.noise_dir and options.snr is None:
+        raise UserError("--noise_dir needs --snr, the level of the speech re the noise")
+    recorded = RecordedNoise(options.noise_dir) if options.noise_dir else None
     device = find_device(options.device)
     model, _ = open_model(options.model)
     n_speakers = model.n_src if options.n_speakers is None else options.n_speakers
@@ -186,7 +197,7 @@ def evaluate(options):
     write_list(options.out / "list.csv", mixtures, rate)
     results, dataset = options.out / "results", MixtureList(speech, options.out / "list.csv")
     if options.reverb or options.snr is not None:
-        dataset = InSurroundings(dataset, options.seed, options.reverb, options.snr)
+        dataset = InSurroundings(dataset, options.seed, options.reverb, options.snr, recorded)
     summary = evaluate(model, dataset, results, device)
     print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
 

@@ -18,6 +18,8 @@ from .files import whole_file
 
 #: Folders of corpora.
 FOLDERS = ("librispeech_dir", "wham_dir", "metadata_dir", "librimix_dir")
+#: Folders that are relative to where the user is.
+PATHS = (*FOLDERS, "noise_dir")
 #: Settings that name places and numbers of one machine.
 OF_THE_MACHINE = (
     "accelerator",
@@ -61,7 +63,7 @@ OF_NULL = {
     "path_norm": bool,
     "fb_init": str,
     "init_from": str,
-    **dict.fromkeys(FOLDERS, str),
+    **dict.fromkeys(PATHS, str),
     **dict.fromkeys(("data_name", "data_licence", "data_url", "data_author"), str),
 }
 

@@ -11,6 +11,7 @@ from .config import recipe_folder
 from .data import (
     MixtureList,
     NoiseDir,
+    RecordedNoise,
     SpeechDir,
     check_disjoint,
     draw_list,
@@ -35,13 +36,15 @@ TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "level_spread", "col
 
 
 def refuse_without_effect(settings, defaults, given):
-    """Raises a `UserError` if an option changes nothing, as the corpus has mixtures of its own.
+    """Raises a `UserError` if an option changes nothing, such as where a corpus has own mixtures.
 
     Args:
         settings (dict): The recipe's defaults merged with the options.
         defaults (dict): Of the recipe.
         given (dict): The options.
     """
+    if settings["noise_dir"] and not settings["noise"]:
+        raise UserError("--noise_dir has no effect without --noise, the share of the mixtures")
     if settings["corpus"] not in LISTED:
         return
     idle = LISTS_BY if settings["dynamic_mixing"] else LISTS_BY + TRAINING_BY
@@ -100,6 +103,10 @@ def prepare_speech(exp_dir, settings):
             f"  {split:5}  {len(speech.by_speaker):4} speakers {len(speech.utterances):6} "
             f"utterances {speech.minutes():8.1f} minutes"
         )
+    if settings["noise_dir"]:
+        noise = RecordedNoise(settings["noise_dir"])
+        minutes = noise.seconds.sum() / 60
+        print(f"  noise  {len(noise.recordings):31} recordings {minutes:8.1f} minutes")
     if (folder / "CREDITS.txt").exists():
         print((folder / "CREDITS.txt").read_text(encoding="utf-8"))
 

@@ -260,8 +260,9 @@ def about_start(name_or_path):
 def without_paths(settings):
     """The settings without the folders of this machine, which are nobody else's business."""
     public = {key: value for key, value in settings.items() if key not in (*FOLDERS, "speech")}
-    if settings["init_from"]:
-        public["init_from"] = Path(settings["init_from"]).name
+    for key in ("init_from", "noise_dir"):
+        if settings.get(key):
+            public[key] = Path(settings[key]).name
     return public
 
 

@@ -28,7 +28,14 @@ from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
 from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
-from .data import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
+from .data import (
+    DynamicMixtures,
+    EpochSampler,
+    MixtureList,
+    RecordedNoise,
+    RepeatedMixtures,
+    SharedOut,
+)
 from .data.mixing import SILENT
 from .errors import UserError
 from .files import reason
@@ -355,6 +362,7 @@ def training_loader(speech, conf):
         seed=conf["seed"],
         speeds=range(100 - conf["speed_perturb"], 101 + conf["speed_perturb"]),
         size=size,
+        recorded=RecordedNoise(conf["noise_dir"]) if conf.get("noise_dir") else None,
         **{key: conf[key] for key in CHANGED if key in conf},
     )
     if isinstance(speech, MixtureList):

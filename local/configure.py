@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from asteroid_tiny.config import FOLDERS, begin_run, merge, parse_options, read_recipe
+from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_recipe
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ def main(recipe, tag, *options):
     corpus = given.get("corpus", defaults["corpus"])
     if corpus != defaults["corpus"] and corpus not in ("kaldi", "own"):
         raise UserError(f"--corpus {corpus} needs settings of its own: take --recipe {corpus}")
-    for key in ("speech", "init_from", *FOLDERS):  # relative to where the user is
+    for key in ("speech", "init_from", *PATHS):  # relative to where the user is
         if given.get(key) is None:
             continue
         here, in_recipe = Path(given[key]).absolute(), recipe_dir / given[key]

@@ -107,6 +107,7 @@ def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
 def test_evaluate_lets_mixtures_be_heard_in_rooms_and_noise(model, voices, tmp_path, capsys):
     options, noise = ["-n", "2", "--segment", "1"], ["--snr", "5"]
     ways = {"plain": [], "rooms": ["--reverb"], "noise": noise, "both": ["--reverb", *noise]}
+    ways["recorded"] = [*noise, "--noise_dir", str(voices)]
     lists, tables, inputs = [], [], {}
     for name, way in ways.items():
         out = tmp_path / name
@@ -115,10 +116,14 @@ def test_evaluate_lets_mixtures_be_heard_in_rooms_and_noise(model, voices, tmp_p
         tables.append((out / "results" / "metrics.csv").read_text())
         summary = json.loads((out / "results" / "summary.json").read_text())
         inputs[name] = summary["groups"]["all"]["input_si_sdr"]["mean"]
-    assert len(set(lists)) == 1 and len(set(tables)) == 4
+    assert len(set(lists)) == 1 and len(set(tables)) == 5
     assert inputs["noise"] < inputs["plain"] - 1 and inputs["both"] < inputs["rooms"] - 1
+    assert inputs["recorded"] < inputs["plain"] - 1
     assert status("evaluate", model, voices, "-o", tmp_path / "no", "--snr", "nan") == 2
     assert "--snr must be from" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    options = ("-o", tmp_path / "no", "--noise_dir", voices)
+    assert status("evaluate", model, voices, *options) == 2
+    assert "--noise_dir needs --snr" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile as sf
 from recipes import ROOT, few_minutes, settings_of
 
 from asteroid_tiny.config import merge
@@ -39,6 +41,21 @@ def test_the_speech_of_the_repository_is_verified_and_nobody_elses(recipe, refus
     prepare_speech(recipe / "exp" / "run", {**settings, "speech": str(elsewhere)})
 
 
+def test_recorded_noise_is_looked_at_first(recipe, refused, tmp_path, capsys):
+    settings = settings_of("minispeech", noise=0.5, noise_dir=str(tmp_path / "noises"))
+    with refused("there is no folder", "noises"):
+        prepare_speech(recipe / "exp" / "run", settings)
+    (tmp_path / "noises").mkdir()
+    sf.write(tmp_path / "noises" / "fan.wav", np.random.default_rng(0).normal(0, 0.1, 48000), 16000)
+    prepare_speech(recipe / "exp" / "run", settings)
+    assert capsys.readouterr().out.split("noise ")[1].split() == [
+        "1",
+        "recordings",
+        "0.1",
+        "minutes",
+    ]
+
+
 @pytest.mark.parametrize(
     "option, words",
     [
@@ -63,6 +80,8 @@ def test_options_that_name_nothing_are_refused(option, words):
         ("wsj0-mix", {"valid_seed": 101}, None),  # as it is
         ("librimix", {"silent_sources": 0.1, "reverb": 0.5, "noise": 0.5}, None),
         ("minispeech", {"eval_segment": 2.0, "colour": 3.0}, None),
+        ("minispeech", {"noise_dir": "noises"}, ("--noise_dir", "without --noise")),
+        ("minispeech", {"noise_dir": "noises", "noise": 0.5}, None),
     ],
 )
 def test_options_that_change_nothing_are_refused(corpus, given, words, refused):

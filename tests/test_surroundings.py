@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from scipy.signal import welch
-from sounds import level, tone
+from sounds import level, peak_frequency, tone
 
 from asteroid_tiny.data import (
     DynamicMixtures,
     InSurroundings,
     MixtureList,
+    RecordedNoise,
     draw_list,
     write_list,
 )
@@ -128,3 +130,55 @@ def test_each_mixture_of_a_list_has_surroundings_of_its_own(valid_speech, tmp_pa
             torch.testing.assert_close(noise, torch.zeros(8000))
         else:
             assert level(sources.sum(0)) - level(noise) == pytest.approx(snr, abs=0.01)
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Two tones, of other rates, depths, channels and lengths, and silence: all recorded noise."""
+    folder = tmp_path / "noises"
+    (folder / "street").mkdir(parents=True)
+    low, high = tone(500, 0.7), tone(1000, 2.1)
+    sf.write(folder / "low.flac", np.stack([low, 0 * low], axis=-1), RATE)
+    sf.write(folder / "street" / "high.wav", high, 2 * RATE)  # there it is of 2000 Hz
+    sf.write(folder / "street" / "silence.wav", np.zeros(RATE), RATE)
+    (folder / "notes.txt").write_text("no noise")
+    return folder
+
+
+def test_recorded_noise_has_its_rate_level_and_share(recordings):
+    mixture = torch.from_numpy(tone(440, 1.5) / 32768).float()
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        noise = noise_for(mixture, rng, RATE, 5.0, RecordedNoise(recordings)).numpy()
+        assert noise.shape == mixture.shape and noise.dtype == np.float32
+        assert level(mixture) - level(noise) == pytest.approx(5.0, abs=0.01)
+        found.append(round(peak_frequency(noise), -1))
+    assert set(found) == {500, 2000}
+    assert 20 < found.count(2000) < 50, "by length, 0.7 s and 1.05 s, what is silent left out"
+    assert not noise_for(torch.zeros(50), rng, RATE, 5.0, RecordedNoise(recordings)).any()
+
+
+def test_training_mixtures_take_recorded_noise(valid_speech, recordings):
+    args = dict(n_src=2, length=8000, seed=0, size=20)
+    noisy = DynamicMixtures(valid_speech, noise=1.0, recorded=RecordedNoise(recordings), **args)
+    for i in range(20):
+        mixture, sources = noisy[i]
+        assert round(peak_frequency(mixture - sources.sum(0)), -1) in (500, 2000)
+
+
+def test_folders_without_noise_and_broken_recordings_are_refused(tmp_path, recordings, refused):
+    with refused("there is no folder", "nowhere"):
+        RecordedNoise(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with refused("empty holds no recordings of noise"):
+        RecordedNoise(tmp_path / "empty")
+    noise = RecordedNoise(recordings)
+    for path in recordings.rglob("*.wav"):
+        path.write_bytes(path.read_bytes()[:2000])
+    with refused(recordings, "is damaged"):
+        for seed in range(9):
+            noise.draw(8000, np.random.default_rng(seed), RATE)
+    (recordings / "no.wav").write_bytes(b"RIFF no sound at all")
+    with refused("no.wav cannot be read as audio"):
+        RecordedNoise(recordings)

@@ -3,7 +3,7 @@
 from .datasets import DynamicMixtures, EpochSampler, MixtureList, RepeatedMixtures, SharedOut
 from .kaldi import NoiseDir, SpeechDir, check_disjoint
 from .mixing import draw_list, read_list, write_list
-from .surroundings import InSurroundings
+from .surroundings import InSurroundings, RecordedNoise
 
 __all__ = [
     "DynamicMixtures",
@@ -11,6 +11,7 @@ __all__ = [
     "InSurroundings",
     "MixtureList",
     "NoiseDir",
+    "RecordedNoise",
     "RepeatedMixtures",
     "SharedOut",
     "SpeechDir",

@@ -71,6 +71,7 @@ class EndlessMixtures(torch.utils.data.Dataset):
         size (int): What `len` says, the mixtures of one epoch.
         reverb (float): Share of the mixtures, 0 to 1, that are heard in a room, see `in_a_room`.
         noise (float): Share of the mixtures, 0 to 1, to which noise is added, see `noise_for`.
+        recorded (RecordedNoise, optional): Where that noise is taken from.
 
     Raises:
         UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
@@ -79,11 +80,12 @@ class EndlessMixtures(torch.utils.data.Dataset):
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, seed, size, reverb, noise):
+    def __init__(self, seed, size, reverb, noise, recorded):
         self.seed = seed
         self.size = size
         self.reverb = reverb
         self.noise = noise
+        self.recorded = recorded
         self.broken = set()
 
     def __len__(self):
@@ -112,8 +114,8 @@ class EndlessMixtures(torch.utils.data.Dataset):
             heard = in_a_room(sources, rng, self.speech.sample_rate)
             mixed, sources = mixed + (heard - sources).sum(0), heard
         if self.noise and rng.random() < self.noise:
-            snr = rng.uniform(*SNR)
-            mixed = mixed + noise_for(sources.sum(0), rng, self.speech.sample_rate, snr)
+            snr, rate = rng.uniform(*SNR), self.speech.sample_rate
+            mixed = mixed + noise_for(sources.sum(0), rng, rate, snr, self.recorded)
         return mixed, sources
 
 
@@ -124,7 +126,7 @@ class DynamicMixtures(EndlessMixtures):
         speech (SpeechDir): Where the utterances are.
         n_src (int): Number of sources, of different speakers.
         length (int): Length in samples.
-        seed, size, reverb, noise: See `EndlessMixtures`.
+        seed, size, reverb, noise, recorded: See `EndlessMixtures`.
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
@@ -150,9 +152,10 @@ class DynamicMixtures(EndlessMixtures):
         colour=0.0,
         reverb=0.0,
         noise=0.0,
+        recorded=None,
         size=1,
     ):
-        super().__init__(seed, size, reverb, noise)
+        super().__init__(seed, size, reverb, noise, recorded)
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -200,7 +203,7 @@ class RepeatedMixtures(EndlessMixtures):
     Args:
         mixtures (MixtureList): The list.
         length (int): Length in samples.
-        seed, size, reverb, noise: See `EndlessMixtures`.
+        seed, size, reverb, noise, recorded: See `EndlessMixtures`.
         speeds (sequence of int): Playback speeds in percent, drawn for each source.
         silent_sources (float): See `DynamicMixtures`; sources are taken out of the mixture.
     """
@@ -214,9 +217,10 @@ class RepeatedMixtures(EndlessMixtures):
         silent_sources=0.0,
         reverb=0.0,
         noise=0.0,
+        recorded=None,
         size=1,
     ):
-        super().__init__(seed, size, reverb, noise)
+        super().__init__(seed, size, reverb, noise, recorded)
         self.mixtures = mixtures.mixtures
         self.speech = mixtures.speech
         self.noises = mixtures.noise

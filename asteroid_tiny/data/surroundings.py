@@ -2,17 +2,25 @@
 
 The response of a room is the direct sound, then noise that decays exponentially, as by J.-D.
 Polack, "La transmission de l'énergie sonore dans les salles", 1988. It has the reverberation of a
-room, but no single reflections. Noise is Gaussian, of a random spectrum, and slowly grows louder
-and softer, as that of fans, traffic, rain or a cheap microphone does; it has no voices or knocks.
+room, but no single reflections. Simulated noise is Gaussian, of a random spectrum, and slowly grows
+louder and softer, as that of fans, traffic, rain or a cheap microphone does; it has no voices or
+knocks. `RecordedNoise` has what was recorded.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
+import soundfile as sf
 import torch
-from scipy.signal import oaconvolve
+from scipy.signal import oaconvolve, resample_poly
+from tqdm import tqdm
 
-from .mixing import as_loud_as
+from ..errors import UserError
+from ..files import files_below
+from .kaldi import BAR, check_finite, open_info
+from .mixing import SILENT, as_loud_as
+from .own import SUFFIXES
 
 DECAY = 0.1, 0.7  # s in which reverberation falls by 60 dB
 DIRECT = -12.0, 6.0  # dB of the direct sound re all reverberation: a few metres away, or close by
@@ -47,7 +55,7 @@ def in_a_room(sources, rng, sample_rate):
     return torch.from_numpy(np.stack(heard).astype(np.float32))
 
 
-def noise_for(mixture, rng, sample_rate, snr):
+def noise_for(mixture, rng, sample_rate, snr, recorded=None):
     """Draws noise for a mixture.
 
     Args:
@@ -55,11 +63,21 @@ def noise_for(mixture, rng, sample_rate, snr):
         rng (np.random.Generator): Source of chance.
         sample_rate (int): In Hz.
         snr (float): Level of the mixture re the noise, in dB.
+        recorded (RecordedNoise, optional): Where noise is taken from; without, it is simulated.
 
     Returns:
         torch.Tensor: (time,); silence for a silent mixture.
+
+    Raises:
+        UserError: If a recording is broken.
     """
-    length = len(mixture)
+    draw = recorded.draw if recorded else _simulated
+    noise = draw(len(mixture), rng, sample_rate)
+    wanted = mixture.numpy() * 10 ** (-snr / 20)
+    return torch.from_numpy(as_loud_as(wanted, noise).astype(np.float32))
+
+
+def _simulated(length, rng, sample_rate):
     frequencies = np.fft.rfftfreq(length, 1 / sample_rate)
     octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
     bumps = rng.normal(0, BUMPS, 1 + math.ceil(octaves.max()))
@@ -68,9 +86,68 @@ def noise_for(mixture, rng, sample_rate, snr):
     seconds = np.arange(length) / sample_rate
     swell = rng.uniform(*SWELL) * rng.normal(size=2 + math.ceil(length / sample_rate))
     noise = np.fft.irfft(waves[0] + 1j * waves[1], length)
-    noise *= 10 ** (np.interp(seconds, np.arange(len(swell)), swell) / 20)
-    wanted = mixture.numpy() * 10 ** (-snr / 20)
-    return torch.from_numpy(as_loud_as(wanted, noise).astype(np.float32))
+    return noise * 10 ** (np.interp(seconds, np.arange(len(swell)), swell) / 20)
+
+
+class RecordedNoise:
+    """Recordings of noise below a folder, at any depth, of any rate, length and channels.
+
+    Args:
+        folder (str or Path): The folder.
+
+    Raises:
+        UserError: If there is none, it holds no recordings, or one is broken.
+    """
+
+    def __init__(self, folder):
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder} with recordings of noise")
+        found = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+        infos = [open_info(path) for path in tqdm(found, **BAR)]
+        self.recordings = [
+            (str(path), info.samplerate, info.frames)
+            for path, info in zip(found, infos)
+            if info.frames
+        ]
+        self.seconds = np.array([frames / rate for _, rate, frames in self.recordings])
+        if not self.recordings:
+            raise UserError(f"{folder} holds no recordings of noise")
+
+    def draw(self, length, rng, sample_rate):
+        """A stretch of noise, of any place in any recording, each as likely as the others.
+
+        Args:
+            length (int): In samples; what is shorter begins again.
+            rng (np.random.Generator): Source of chance.
+            sample_rate (int): In Hz, to which the recording is converted.
+
+        Returns:
+            np.ndarray: (length,), float32, the mean of the channels; if ten attempts find nothing
+            else, silence.
+
+        Raises:
+            UserError: If a recording is broken.
+        """
+        for _ in range(10):
+            number = rng.choice(len(self.seconds), p=self.seconds / self.seconds.sum())
+            noise = self._stretch(*self.recordings[number], length, rng, sample_rate)
+            if np.mean(noise**2) > SILENT**2:
+                break
+        return noise
+
+    def _stretch(self, path, rate, frames, length, rng, sample_rate):
+        wanted = math.ceil(length * rate / sample_rate)
+        start = rng.integers(max(frames - wanted, 0) + 1)
+        try:
+            samples, _ = sf.read(path, wanted, start, dtype="float32", always_2d=True)
+        except (sf.LibsndfileError, OSError) as error:
+            raise UserError(f"{path} cannot be decoded: {error}") from None
+        check_finite(path, samples)
+        if len(samples) < min(wanted, frames - start):
+            raise UserError(f"{path} is damaged, or shorter than it was")
+        samples = np.resize(samples.mean(1), wanted)  # again from its start where it ends
+        common = math.gcd(rate, sample_rate)
+        return resample_poly(samples, sample_rate // common, rate // common)[:length]
 
 
 class InSurroundings(torch.utils.data.Dataset):
@@ -81,16 +158,18 @@ class InSurroundings(torch.utils.data.Dataset):
         seed (int): Of the surroundings.
         reverb (bool): Whether each mixture is heard in a room.
         snr (float, optional): Level of all speech re noise, in dB; None for no noise.
+        recorded (RecordedNoise, optional): See `noise_for`.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time), the sources as they are heard.
     """
 
-    def __init__(self, mixtures, seed, reverb=False, snr=None):
+    def __init__(self, mixtures, seed, reverb=False, snr=None, recorded=None):
         self.mixtures = mixtures
         self.seed = seed
         self.reverb = reverb
         self.snr = snr
+        self.recorded = recorded
         self.sample_rate = mixtures.sample_rate
 
     def __len__(self):
@@ -103,7 +182,8 @@ class InSurroundings(torch.utils.data.Dataset):
             sources = in_a_room(sources, rng, self.sample_rate)
         mixture = sources.sum(0)
         if self.snr is not None:
-            mixture = mixture + noise_for(mixture, rng, self.sample_rate, self.snr)
+            noise = noise_for(mixture, rng, self.sample_rate, self.snr, self.recorded)
+            mixture = mixture + noise
         return mixture, sources
 
     def describe(self, index):
