@@ -103,7 +103,7 @@ def prepare_speech(exp_dir, settings):
             f"  {split:5}  {len(speech.by_speaker):4} speakers {len(speech.utterances):6} "
             f"utterances {speech.minutes():8.1f} minutes"
         )
-    if settings["noise_dir"]:
+    if settings.get("noise_dir"):  # which an older run does not have
         noise = RecordedNoise(settings["noise_dir"])
         minutes = noise.seconds.sum() / 60
         print(f"  noise  {len(noise.recordings):31} recordings {minutes:8.1f} minutes")

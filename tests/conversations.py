@@ -1,8 +1,8 @@
 """Conversations of real speech, a separator that knows them, and how often speakers change files.
 
 `python tests/conversations.py` prints the table of the README (minutes);
-`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, and
-`python tests/conversations.py MODEL DIR rooms` that of conversations in rooms.
+`python tests/conversations.py MODEL DIR` that of a model with speakers of a Kaldi data dir, with
+`rooms` at its end that of conversations in rooms, with `short` that of 120 of 5 to 12 s.
 """
 
 import itertools
@@ -151,20 +151,20 @@ def best_order(model, sources, block):
     return tracks
 
 
-def with_model(name, folder, where=None, n_conversations=12, seconds=90):
-    """The same with a true model and speakers of a Kaldi data dir."""
+def with_model(name, folder, how=None):
+    """The same with a true model and speakers of a Kaldi data dir, of a kind of conversations."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
     model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE, convert=True)
-    rng, speakers = np.random.default_rng(0), list(speech.by_speaker)
+    rng = np.random.default_rng(0)
+    short = (4,), 120, (5, 12)
+    blocks, n_conversations, seconds = short if how == "short" else ((4, 8), 12, (90, 90))
     print("block   peer  without voices  as a stream  as a whole  best order")
-    for block in (4, 8):
+    for block in blocks:
         shares = []
         for seed in range(n_conversations):
-            sources = conversation(
-                speech, list(rng.permutation(speakers)[: model.n_src]), seconds, seed
-            )
-            if where == "rooms":
+            sources = _drawn(speech, model.n_src, seconds, rng, seed)
+            if how == "rooms":
                 room = np.random.default_rng(seed)
                 sources = in_a_room(torch.from_numpy(sources), room, RATE).numpy()
             mixture, half = sources.sum(0), block / 2
@@ -182,6 +182,16 @@ def with_model(name, folder, where=None, n_conversations=12, seconds=90):
             shares.append([wrong_share(sources, np.asarray(x)) for x in tracks])
         means = "  ".join(f"{100 * share:9.1f} %" for share in np.mean(shares, axis=0))
         print(f"{block:3} s {means}", flush=True)
+
+
+def _drawn(speech, n_src, seconds, rng, seed):
+    """A conversation in which all of them speak, of a length between two."""
+    sources = np.zeros((n_src, 1))
+    while not sources.any(1).all():
+        speakers = list(rng.permutation(list(speech.by_speaker))[:n_src])
+        length = np.random.default_rng(seed).uniform(*seconds)
+        sources, seed = conversation(speech, speakers, length, seed), seed + 1000
+    return sources
 
 
 def main(n_conversations=12, seconds=180):

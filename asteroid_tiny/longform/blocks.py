@@ -22,10 +22,9 @@ from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
 BLOCK, OVERLAP = 4.0, 2.0  # s
-SHORT = (
-    3  # blocks; a recording that is no longer is one block. In 120 conversations of 5 to 12 s of
-)
-# validation speakers 8.9 % of the speech was then in the wrong file, else 12.0; at 24 s more was.
+#: Blocks; a recording that is no longer is one block. In 120 conversations of 5 to 12 s of
+#: validation speakers 8.9 % of the speech was then in the wrong file, else 12.0; at 24 s more was.
+SHORT = 3
 FADE = 0.02  # s, where a block's outputs change places in its middle
 LOUDEST = 1e6  # of a recording; squares of what is far louder leave the range of float32
 ABSURD = 1e15  # of estimates, likewise; NaN is not below it either
