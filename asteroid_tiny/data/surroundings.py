@@ -96,7 +96,7 @@ class RecordedNoise:
         folder (str or Path): The folder.
 
     Raises:
-        UserError: If there is none, it holds no recordings, or one is broken.
+        UserError: If there is none, it holds no recordings, or one is no audio.
     """
 
     def __init__(self, folder):
@@ -122,8 +122,8 @@ class RecordedNoise:
             sample_rate (int): In Hz, to which the recording is converted.
 
         Returns:
-            np.ndarray: (length,), float32, the mean of the channels; if ten attempts find nothing
-            else, silence.
+            np.ndarray: (length,), float32, the mean of the channels; of ten attempts the first that
+            is not all but silent, else the last.
 
         Raises:
             UserError: If a recording is broken.
