@@ -32,7 +32,7 @@ LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
 CORPORA = ("kaldi", "own", *LISTED)
 #: Settings by which lists are drawn, and by which training mixtures are: not those of a corpus.
 LISTS_BY = ("eval_segment", "valid_seed", "test_seed")
-TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "level_spread", "colour")
+TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "turns", "level_spread", "colour")
 
 
 def refuse_without_effect(settings, defaults, given):

@@ -44,7 +44,7 @@ from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
 
 #: Settings that are arguments of `DynamicMixtures`, and those of `RepeatedMixtures`, too.
-DRAWN = "max_gap overlap_ratio least_overlap level_spread colour".split()
+DRAWN = "max_gap overlap_ratio least_overlap turns level_spread colour".split()
 CHANGED = "silent_sources", "reverb", "noise"
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
@@ -104,12 +104,12 @@ class SeparationSystem(System):
     """Asteroid's `System` with SI-SDR in its logs and a validation loss that all processes share.
 
     Its batches are (mixtures, sources): (batch, time) and (batch, n_src, time). A training that has
-    silent sources keeps levels, see `separation_loss`.
+    silent sources, or speakers who take turns, keeps levels, see `separation_loss`.
     """
 
     def common_step(self, batch, batch_nb, train=True):
         mixtures, sources = batch
-        keep_levels = train and bool(self.config.get("silent_sources"))
+        keep_levels = train and any(self.config.get(key) for key in ("silent_sources", "turns"))
         return self.loss_func(self(mixtures), sources, keep_levels=keep_levels)
 
     def training_step(self, batch, batch_nb):

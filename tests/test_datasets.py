@@ -118,6 +118,19 @@ def test_training_mixtures_overlap_by_ratios_of_a_range(valid_speech):
     assert not torch.equal(again[0][0], plain[0][0])
 
 
+def test_a_share_of_the_training_mixtures_are_conversations(tones):
+    args = dict(n_src=2, length=32000, seed=0, size=60)
+    mixtures = DynamicMixtures(tones, turns=0.5, **args)
+    one_alone = 0
+    for mixed, sources in (mixtures[i] for i in range(60)):
+        assert sources.shape == (2, 32000) and torch.equal(mixed, sources.sum(0))
+        heard = sources.reshape(2, -1, 400).abs().amax(-1) > 0
+        one_alone += bool((heard.sum(0) == 1).any())
+    assert 20 <= one_alone <= 40
+    plain, none = (DynamicMixtures(tones, **args, **x) for x in ({}, dict(turns=0)))
+    assert torch.equal(plain[3][0], none[3][0])
+
+
 @pytest.mark.parametrize(("n_src", "heard"), [(2, {1, 2}), (3, {1, 2, 3})])
 def test_in_a_share_of_the_training_mixtures_some_sources_are_silent(valid_speech, n_src, heard):
     args = dict(n_src=n_src, length=8000, seed=0, size=80, colour=3.0, overlap_ratio=0.5)

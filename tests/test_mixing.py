@@ -15,7 +15,15 @@ from asteroid_tiny.data import (
     read_list,
     write_list,
 )
-from asteroid_tiny.data.mixing import LEVEL_DB, SILENT, draw_mixture, render, same_colour
+from asteroid_tiny.data.mixing import (
+    LEVEL_DB,
+    SILENT,
+    draw_mixture,
+    draw_turns,
+    render,
+    render_turns,
+    same_colour,
+)
 
 
 @pytest.fixture
@@ -333,3 +341,43 @@ def test_three_of_a_thousand_speakers_are_drawn_at_once(make_dir):
     folder = make_dir({f"s{i:04d}": NOISE[:800] for i in range(1000)})
     mixtures = draw_list(SpeechDir(folder), 20, 3, 400, seed=1)
     assert len({tuple(s.utterance for s in mixture.sources) for mixture in mixtures}) == 20
+
+
+@pytest.mark.parametrize("n_src", [1, 2, 3])
+def test_in_conversations_speakers_take_turns_and_come_back(valid_speech, n_src):
+    rng, orders, rests = np.random.default_rng(0), [], []
+    for _ in range(20):
+        speakers = list(valid_speech.by_speaker)[:n_src]
+        drawn = draw_turns(valid_speech, rng, speakers, 20 * RATE, max_gap=0.0)
+        spans = []
+        for who, own in enumerate(drawn):
+            assert own.length == 20 * RATE
+            turns = [(t.offset, t.offset + t.length, who) for t in own.sources]
+            assert all(end <= start for (_, end, _), (start, _, _) in zip(turns, turns[1:]))
+            names = {valid_speech.utterances[t.utterance].speaker for t in own.sources}
+            assert names <= {speakers[who]}
+            spans += turns
+        spans.sort()
+        orders.append("".join(str(who) for *_, who in spans))
+        rests += [start - end for (_, end, _), (start, _, _) in zip(spans, spans[1:])]
+        mixture, sources = render_turns(valid_speech, drawn)
+        assert torch.equal(mixture, sources.sum(0)) and sources.shape == (n_src, 20 * RATE)
+        for samples, own in zip(sources, drawn):
+            for turn in own.sources:
+                place = samples[turn.offset : turn.offset + turn.length]
+                assert level(place) == pytest.approx(LEVEL_DB, abs=0.5)
+            outside = samples.clone()
+            for turn in own.sources:
+                outside[turn.offset : turn.offset + turn.length] = 0
+            assert not outside.any()
+    assert sum(len(set(order)) == n_src for order in orders) >= 18
+    assert max(rests) < 4 * RATE  # a pause, and what a short utterance leaves of a turn
+    assert (min(rests) < -0.5 * RATE) == (n_src > 1), "with others they overlap"
+    if n_src == 2:
+        assert all("010" in order or "101" in order for order in orders)
+
+
+def test_a_conversation_of_an_instant_has_a_turn(valid_speech):
+    drawn = draw_turns(valid_speech, RNG, list(valid_speech.by_speaker)[:2], 800)
+    _, sources = render_turns(valid_speech, drawn)
+    assert sorted(source.any().item() for source in sources) == [False, True]

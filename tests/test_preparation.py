@@ -72,6 +72,7 @@ def test_options_that_name_nothing_are_refused(option, words):
         ("librimix", {"overlap_ratio": 0.5}, ("--overlap_ratio", "librimix")),
         ("librimix", {"colour": 6.0, "dynamic_mixing": True}, None),
         ("wsj0-mix", {"least_overlap": 0.2}, None),
+        ("librimix", {"turns": 0.5}, ("--turns", "its own training")),
         ("wsj0-mix", {"eval_segment": 2.0}, ("--eval_segment", "its own validation and test")),
         ("wsj0-mix", {"valid_seed": 101}, None),  # as it is
         ("librimix", {"silent_sources": 0.1, "reverb": 0.5, "noise": 0.5}, None),

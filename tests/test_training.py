@@ -69,8 +69,15 @@ def test_the_loss_is_negative_si_sdr_of_the_best_order():
     assert separation_loss(3 * estimates.bfloat16(), sources).item() == pytest.approx(-20, abs=1)
 
 
-@pytest.mark.parametrize("silent_sources, costs", [(0.0, False), (0.2, True)])
-def test_an_output_that_is_always_soft_costs_where_sources_may_be_silent(silent_sources, costs):
+@pytest.mark.parametrize(
+    "setting, costs",
+    [
+        ({"silent_sources": 0.0, "turns": 0.0}, False),
+        ({"silent_sources": 0.2}, True),
+        ({"turns": 0.2}, True),
+    ],
+)
+def test_an_output_that_is_always_soft_costs_where_sources_may_be_silent(setting, costs):
     sources = torch.randn(2, 3, 800)
     soft = torch.tensor([[1.0], [1.0], [0.03]])
 
@@ -80,9 +87,8 @@ def test_an_output_that_is_always_soft_costs_where_sources_may_be_silent(silent_
 
     model = Soft(1, 1)
     system = SeparationSystem(
-        model, torch.optim.SGD(model.parameters()), separation_loss, [],
-        config={"silent_sources": silent_sources},
-    )  # fmt: skip
+        model, torch.optim.SGD(model.parameters()), separation_loss, [], config=setting
+    )
     batch = sources.sum(1), sources
     assert (system.common_step(batch, 0).item() > -15) == costs
     assert system.common_step(batch, 0, train=False).item() == pytest.approx(-20, abs=0.5)
@@ -148,6 +154,7 @@ def an_optimizer():
         dict(max_gap=0.0),
         dict(overlap_ratio=0.5),
         dict(least_overlap=0.2),
+        dict(turns=1.0),
         dict(silent_sources=1.0),
         dict(reverb=1.0),
         dict(noise=1.0),

@@ -12,7 +12,17 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .mixing import LEVEL_DB, SILENT, check_speakers, draw_mixture, read_list, render, same_colour
+from .mixing import (
+    LEVEL_DB,
+    SILENT,
+    check_speakers,
+    draw_mixture,
+    draw_turns,
+    read_list,
+    render,
+    render_turns,
+    same_colour,
+)
 from .surroundings import SNR, in_a_room, noise_for
 
 log = logging.getLogger(__name__)
@@ -130,6 +140,8 @@ class DynamicMixtures(EndlessMixtures):
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
+        turns (float): Share of the mixtures, 0 to 1, that are conversations, see `draw_turns`;
+            `overlap_ratio` is of the others.
         silent_sources (float): Share of the mixtures, 0 to 1, in which some sources are silent: at
             least one is, and at least one is not.
         speeds (sequence of int): Playback speeds in percent.
@@ -147,6 +159,7 @@ class DynamicMixtures(EndlessMixtures):
         speeds=(100,),
         overlap_ratio=1.0,
         least_overlap=1.0,
+        turns=0.0,
         silent_sources=0.0,
         level_spread=0.0,
         colour=0.0,
@@ -163,6 +176,7 @@ class DynamicMixtures(EndlessMixtures):
         self.draw = dict(max_gap=max_gap, speeds=speeds)
         self.overlap_ratio = overlap_ratio
         self.least_overlap = least_overlap
+        self.turns = turns
         self.silent_sources = silent_sources
         self.level_spread = level_spread
         self.colour = colour
@@ -175,17 +189,12 @@ class DynamicMixtures(EndlessMixtures):
             overlap_ratio = rng.uniform(self.least_overlap, overlap_ratio)
         if self.n_src > 1 and self.silent_sources and rng.random() < self.silent_sources:
             speakers = speakers[: rng.integers(1, self.n_src)]
-        mixture = draw_mixture(
-            self.speech,
-            rng,
-            speakers,
-            self.length,
-            overlap_ratio=overlap_ratio,
-            level=level,
-            mixture_id=str(index),
-            **self.draw,
-        )
-        mixed, sources = render(self.speech, mixture)
+        draw = dict(speakers=speakers, length=self.length, level=level, **self.draw)
+        if self.turns and rng.random() < self.turns:
+            mixed, sources = render_turns(self.speech, draw_turns(self.speech, rng, **draw))
+        else:
+            drawn = draw_mixture(self.speech, rng, overlap_ratio=overlap_ratio, **draw)
+            mixed, sources = render(self.speech, drawn)
         if self.colour:
             sources = same_colour(sources, rng, self.colour)
             mixed = sources.sum(0)

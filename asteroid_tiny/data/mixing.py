@@ -21,6 +21,8 @@ from ..files import whole_file
 LEVEL_DB = -28.0  # of the loudest source, root mean square re full scale: mixtures rarely clip
 BANDS = 16  # of `same_colour`, from 0 to half the sample rate
 MOST_GAIN = 24.0  # dB by which it may raise or lower a band
+TURN = (0.5, 3.0)  # s: how long speakers of a conversation talk
+PAUSE = (-1.0, 1.0)  # s: between their turns; below 0 they overlap
 SILENT = 1e-4  # root mean square under which a stretch of an utterance is not worth training on
 
 
@@ -85,21 +87,60 @@ def draw_mixture(
     Returns:
         Mixture: What was drawn.
     """
-    gaps = rng.uniform(0, max_gap, len(speakers))
-    gaps[rng.integers(len(speakers))] = 0.0
+    levels = level - _gaps(rng, len(speakers), max_gap)
     share = round(length * (1 + (len(speakers) - 1) * overlap_ratio) / len(speakers))
     later = (length - share) // max(len(speakers) - 1, 1)  # each than the one before
     sources = []
-    for i, (speaker, gap) in enumerate(zip(speakers, gaps)):
-        speed = int(rng.choice(speeds))
-        for _ in range(10):
-            source = _draw_stretch(speech, rng, speaker, share, speed)
-            loudness = np.sqrt(np.mean(_stretch(speech, source) ** 2))
-            if loudness > SILENT:
-                break
-        gain = round(float(level - gap - 20 * np.log10(max(loudness, SILENT))), 3)
-        sources.append(source._replace(gain=gain, offset=source.offset + i * later))
+    for i, speaker in enumerate(speakers):
+        source = _draw_audible(speech, rng, speaker, share, int(rng.choice(speeds)), levels[i])
+        sources.append(source._replace(offset=source.offset + i * later))
     return Mixture(mixture_id, length, tuple(sources))
+
+
+def draw_turns(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), level=LEVEL_DB):
+    """Draws a conversation: speakers who take turns, pause, and set in before others have ended.
+
+    Turns take `TURN` seconds, and after three of four another speaker goes on. Between two turns
+    there are `PAUSE` seconds, of which less than none is an overlap.
+
+    Args:
+        speech, rng, speakers, length, max_gap, speeds, level: See `draw_mixture`.
+
+    Returns:
+        list of Mixture: The turns of each speaker, who may have none, as sources of one.
+    """
+    levels = level - _gaps(rng, len(speakers), max_gap)
+    speeds = rng.choice(speeds, len(speakers))
+    turns = [[] for _ in speakers]
+    ends = np.zeros(len(speakers), int)
+    seconds = speech.sample_rate
+    who, start = int(rng.integers(len(speakers))), 0
+    while not ends.any() or length - start > TURN[0] * seconds:
+        taken = min(round(rng.uniform(*TURN) * seconds), length - start)
+        turn = _draw_audible(speech, rng, speakers[who], taken, int(speeds[who]), levels[who])
+        turns[who].append(turn._replace(offset=turn.offset + start))
+        ends[who] = start + taken
+        if rng.random() < 0.75:
+            who = (who + int(rng.integers(1, max(len(speakers), 2)))) % len(speakers)
+        start = max(start + taken + round(rng.uniform(*PAUSE) * seconds), start, ends[who])
+    return [Mixture("", length, tuple(own)) for own in turns]
+
+
+def _gaps(rng, n_speakers, max_gap):
+    """By how many dB each speaker is softer than the loudest."""
+    gaps = rng.uniform(0, max_gap, n_speakers)
+    gaps[rng.integers(n_speakers)] = 0.0
+    return gaps
+
+
+def _draw_audible(speech, rng, speaker, length, speed, level):
+    """A stretch at a level; if ten in a row are silent, the last of them."""
+    for _ in range(10):
+        source = _draw_stretch(speech, rng, speaker, length, speed)
+        loudness = np.sqrt(np.mean(_stretch(speech, source) ** 2))
+        if loudness > SILENT:
+            break
+    return source._replace(gain=round(float(level - 20 * np.log10(max(loudness, SILENT))), 3))
 
 
 def _draw_stretch(speech, rng, speaker, length, speed):
@@ -280,9 +321,31 @@ def render(speech, mixture, noise=None):
     parts = [_placed(speech, source, mixture.length) for source in mixture.sources]
     if mixture.noise:
         parts.append(_placed(noise, mixture.noise, mixture.length))
-    parts = torch.stack(parts)
+    mixed, parts = _summed(torch.stack(parts))
+    return mixed, parts[: len(mixture.sources)]
+
+
+def render_turns(speech, turns):
+    """Makes the audio of a conversation.
+
+    Args:
+        speech (SpeechDir): Where its utterances are.
+        turns (list of Mixture): The turns of each speaker, as `draw_turns` gives them.
+
+    Returns:
+        tuple of torch.Tensor: As `render`.
+    """
+    sources = torch.zeros(len(turns), turns[0].length)
+    for source, own in zip(sources, turns):
+        for turn in own.sources:
+            source += _placed(speech, turn, own.length)
+    return _summed(sources)
+
+
+def _summed(parts):
+    """The sum of the parts, (n_parts, time), and they; scaled alike where the sum would clip."""
     parts /= max(1.0, float(parts.sum(0).abs().max()))
-    return parts.sum(0), parts[: len(mixture.sources)]
+    return parts.sum(0), parts
 
 
 def _placed(speech, source, length):
