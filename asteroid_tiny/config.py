@@ -225,6 +225,9 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
                 f"{exp_dir} was begun with the speech in {before}, which is still there; choose "
                 "another --tag for other speech"
             )
+        noise_dir = begun.get("noise_dir")
+        if noise_dir and given.get("noise_dir") and not (recipe_dir / noise_dir).exists():
+            may_change = (*may_change, "noise_dir")  # it went to another place
         for key, value in given.items():
             if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(

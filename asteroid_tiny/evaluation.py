@@ -143,11 +143,11 @@ def measure(mixture, sources, estimates, sample_rate):
     Returns:
         dict: `input_<metric>` takes the mixture as the estimate, `<metric>_i` is the improvement;
         dB, but for STOI. NaN for what cannot be computed: everything if a source is silent, STOI
-        and BSS-eval of less than some 0.4 s and 0.2 s, of a single source all that tells of the
-        input. A silent estimate has no BSS-eval, but keeps SI-SDR's floor of -80 dB: it should not
-        better a mean by its absence. `snr` is that of the estimates under one gain, with which the
-        sum of all fits the mixture best, so that it tells of their levels beside each other, too.
-        `spare_level` is that of the loudest spare estimate, if there is one, re the loudest
+        and BSS-eval of less than some 0.4 s and 0.2 s, of a single source alone all that tells of
+        the input. A silent estimate has no BSS-eval, but keeps SI-SDR's floor of -80 dB: it should
+        not better a mean by its absence. `snr` is that of the estimates under one gain, with which
+        the sum of all fits the mixture best, so that it tells of their levels beside each other,
+        too. `spare_level` is that of the loudest spare estimate, if there is one, re the loudest
         estimate, -100 dB at least.
 
     Examples:
@@ -173,7 +173,7 @@ def measure(mixture, sources, estimates, sample_rate):
                 with threadpool_limits(1, "blas"):  # more take twice the CPU time, and save none
                     estimated = estimates[:n_src]
                     found |= get_metrics(mixture, sources, estimated, sample_rate, group)
-        if n_src == 1:  # the mixture is its source: nothing to improve
+        if n_src == 1 and np.array_equal(mixture, sources[0]):  # there is nothing to improve
             found = {m: found[m] for m in found if not m.startswith("input_")}
         found |= {f"{m}_i": found[m] - found[f"input_{m}"] for m in found if f"input_{m}" in found}
     row = {m: x if math.isfinite(x := found.get(m, math.nan)) else math.nan for m in METRICS}

@@ -20,7 +20,7 @@ from .data import (
     write_list,
     wsj0mix,
 )
-from .data.check import check_dir, check_speech, format_findings
+from .data.check import check_dir, check_noise, check_speech, format_findings
 from .data.kaldi import SPLITS
 from .data.mixing import check_speakers
 from .errors import UserError
@@ -188,6 +188,8 @@ def check_all(exp_dir, settings):
         findings = list(itertools.chain.from_iterable(dirs))
     else:
         findings = check_speech(folder, settings["sample_rate"], SHORTEST)
+    if settings.get("noise_dir"):  # which an older run does not have
+        findings += check_noise(settings["noise_dir"])
     if findings:
         print(format_findings(findings, most=3))
     fatal = sum(finding.fatal for finding in findings)

@@ -32,7 +32,7 @@ from .errors import UserError
 from .files import whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
-from .preparation import open_list, open_training
+from .preparation import list_path, open_list, open_training
 from .transfer import copy_weights
 
 CPU_PARAMETERS = 1e6  # of a packaged model that a CPU evaluates beside one's own
@@ -160,14 +160,16 @@ def evaluate_model(exp_dir, settings):
 
 
 def compare_packaged(exp_dir, settings):
-    """Evaluates the packaged models that fit on the test list, once for a list; prints the means.
+    """Evaluates the packaged models that fit on the test list, once for a list and its speech.
 
     On a CPU only the small ones, which take a minute.
     """
     from .evaluation import evaluate
 
     exp_dir, device = Path(exp_dir), "cuda" if on_gpu(settings) else "cpu"
-    test_list = (exp_dir / "lists" / "test.csv").read_bytes()
+    mixtures = open_list(exp_dir, settings, "test")
+    some = (mixtures[i][0].numpy().tobytes() for i in (0, len(mixtures) // 2, -1))
+    test_list = b"".join([list_path(exp_dir, "test").read_bytes(), *some])
     for name, about in list_models().items():
         fits = all(about[key] == settings[key] for key in ("n_src", "sample_rate"))
         if not fits or (device == "cpu" and about["n_parameters"] > CPU_PARAMETERS):
@@ -176,7 +178,6 @@ def compare_packaged(exp_dir, settings):
         folder = exp_dir.parent / ".packaged" / f"{name}_{which}"
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            mixtures = open_list(exp_dir, settings, "test")
             evaluate(from_pretrained(name), mixtures, folder, device, settings["eval_workers"])
         summary = json.loads((folder / "summary.json").read_text())
         mean = summary["groups"]["all"]["si_sdr_i"]["mean"]

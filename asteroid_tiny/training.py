@@ -374,6 +374,7 @@ def training_loader(speech, conf):
         mixtures,
         batch_size=per_process(conf),
         sampler=EpochSampler(size),
+        generator=own_generator(conf),
         num_workers=conf["num_workers"],
         persistent_workers=conf["num_workers"] > 0,
         pin_memory=torch.cuda.is_available(),
@@ -386,7 +387,14 @@ def validation_loader(valid_set, conf):
         valid_set,
         batch_size=per_process(conf) if valid_set.is_of_one_length() else 1,
         sampler=SharedOut(len(valid_set)),
+        generator=own_generator(conf),
     )
+
+
+def own_generator(conf):
+    """Chance for a loader, which draws once a process: dropout's would be shifted where a run
+    continues."""
+    return torch.Generator().manual_seed(conf["seed"])
 
 
 def precision(conf):

@@ -5,7 +5,7 @@ import pytest
 import soundfile as sf
 
 from asteroid_tiny.data import SpeechDir, draw_list, write_list
-from asteroid_tiny.data.check import check_list, check_speech, format_findings
+from asteroid_tiny.data.check import check_list, check_noise, check_speech, format_findings
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_a_fault_of_a_recording_is_found_and_named(make_dir, voices, kind):
 
 TABLES = {
     "table": {"utt2spk": "s0 a\ns0 b\ns1 a\ns2 b\ns3 c\n"},
+    "broken speaker": {"utt2spk": "s0 a\ns1 a b\ns2 b\ns3 c\n"},
+    "length": {"utt2num_samples": "s0 32000\ns1 32000\ns2 2000000\ns3 32000\n"},
     "no speaker": {"utt2spk": "s0 a\ns1 a\ns2 b\n"},
     "broken segment": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 zero 1\n"},
     "broken segment ": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 inf\ns3 s3 0 1\n"},
@@ -73,6 +75,15 @@ def test_check_and_use_agree_on_the_last_sample(make_dir, voices):
 def test_a_fault_of_a_table_is_found(make_dir, voices, kind):
     found = check_speech(make_dir(voices, tables=TABLES[kind]))
     assert kind.strip() in kinds(found) and all(finding.fatal for finding in found)
+
+
+def test_broken_noise_is_found(voices, tmp_path):
+    for name, samples in voices.items():
+        sf.write(tmp_path / f"{name}.flac", samples, 8000)
+    assert check_noise(tmp_path) == []
+    (tmp_path / "s2.flac").write_bytes((tmp_path / "s2.flac").read_bytes()[:9000])
+    (found,) = check_noise(tmp_path)
+    assert found.kind == "unreadable noise" and "s2.flac" in found.where and found.fatal
 
 
 def test_a_speaker_in_two_splits_is_found(make_dir, voices, tmp_path):

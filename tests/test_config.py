@@ -35,6 +35,7 @@ DEFAULTS = {
     "dropout": None,
     "share_layers": None,
     "num_workers": 4,
+    "noise_dir": None,
     "accelerator": "auto",
     "precision": "auto",
 }
@@ -255,6 +256,21 @@ def test_a_run_keeps_its_speech_while_that_is_there(tmp_path, refused):
     assert begin(exp_dir, "--speech", same)["speech"] == same
     first.rename(second)
     assert begin(exp_dir, "--speech", str(second))["speech"] == str(second)
+
+
+def test_noise_of_a_run_may_move_but_not_change(tmp_path, refused):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    exp_dir = tmp_path / "exp" / "run"
+    begin(exp_dir, "--noise_dir", str(first))
+    with refused(exp_dir, f"begun with noise_dir {first}, not {second}"):
+        begin(exp_dir, "--noise_dir", str(second))
+    first.rename(second)
+    assert begin(exp_dir, "--noise_dir", str(second))["noise_dir"] == str(second)
+    without = tmp_path / "exp" / "without"
+    begin(without)
+    with refused(without, "begun with noise_dir None"):
+        begin(without, "--noise_dir", str(second))
 
 
 def test_the_settings_of_a_run_are_written_whole(tmp_path, monkeypatch):

@@ -293,6 +293,14 @@ def test_of_single_speakers_there_is_an_si_sdr_but_no_improvement(tmp_path):
     assert "nan" not in re.sub('base64,[^"]*', "", page)
 
 
+def test_of_a_single_speaker_in_noise_the_improvement_is_told():
+    rng = np.random.default_rng(0)
+    source, noise = rng.normal(size=(2, 1, 8000))
+    row = measure((source + noise)[0], source, source + 0.1 * noise, 8000)
+    assert row["input_si_sdr"] == pytest.approx(0, abs=0.5)
+    assert row["si_sdr_i"] == pytest.approx(20, abs=0.5)
+
+
 def test_silence_everywhere_leaves_no_numbers_but_ends_well(dataset, tmp_path):
     class Silent(Mixtures):
         def __getitem__(self, i):

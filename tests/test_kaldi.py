@@ -188,6 +188,7 @@ REFUSED_DIRS = {
     "stereo": (sound("anna.wav", np.zeros((800, 2))), "anna.wav has 2 channels"),
     "other rate": (sound("anna.wav", np.zeros(800), 16000), "anna.wav has 16000 Hz"),
     "no speaker": (put("utt2spk", "anna a\n"), "no speaker for utterance 'ben'"),
+    "speaker of two words": (put("utt2spk", "anna a b\nben b\n"), "'a b' of 'anna' is not one"),
     "unknown recording": (put("segments", "anna carl 0 1"), "lacks recording 'carl'"),
     "segment beyond the end": (put("segments", "anna anna 0 4.01"), "'anna'"),
     "segment before the start": (put("segments", "anna anna -0.1 1"), "'anna'"),

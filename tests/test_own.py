@@ -55,6 +55,11 @@ def test_converted_speech_is_the_speech_at_the_other_rate(voices, make):
     assert np.linalg.norm(2 * found - kept) < 0.05 * np.linalg.norm(kept)
 
 
+def test_names_may_have_what_unicode_takes_for_the_end_of_a_line(voices, make):
+    (voices / "speaker 0" / "day one" / "a.wav").rename(voices / "speaker 0" / "a\u2028b.wav")
+    assert sum(len(speech.utterances) for speech in make(voices).values()) == 16
+
+
 def test_conversion_is_done_once(voices, make, tmp_path, monkeypatch):
     make(voices)
     monkeypatch.setattr(own, "convert", None)
@@ -212,6 +217,13 @@ def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
     with refused("M\\xfcller.wav' is not UTF-8; rename it"):
         make(voices)
     os.remove(os.path.join(os.fsencode(voices), b"speaker 0", b"M\xfcller.wav"))
+    sf.write(voices / "speaker 0" / "c\nd.wav", np.zeros(800), 8000)
+    with refused("c\\nd.wav' has a line break; rename it"):
+        make(voices)
+    os.remove(voices / "speaker 0" / "c\nd.wav")
+    sf.write(voices / "speaker 0" / "c.wav", np.zeros(0), 44100)
+    with refused("speaker 0/c.wav holds no samples"):
+        make(voices)
     sf.write(voices / "speaker 0" / "c.wav", np.zeros((800, 2)), 44100)
     with refused("c.wav has 2 channels"):
         make(voices)

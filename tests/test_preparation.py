@@ -1,5 +1,6 @@
 """Stages 0 and 1 beside the speech itself: where a run lies, what is verified, idle options."""
 
+import json
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 import soundfile as sf
 from recipes import ROOT, few_minutes, settings_of
 
+from asteroid_tiny import evaluation
 from asteroid_tiny.config import merge
 from asteroid_tiny.preparation import make_lists, prepare_speech, refuse_without_effect
-from asteroid_tiny.recipe import recipe_defaults
+from asteroid_tiny.recipe import compare_packaged, recipe_defaults
 
 
 @pytest.fixture
@@ -89,3 +91,28 @@ def test_options_that_change_nothing_are_refused(corpus, given, words, refused):
         return
     with refused(*words):
         refuse_without_effect(settings, defaults, given)
+
+
+def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(recipe, monkeypatch, capsys):
+    settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
+    exp_dir, evaluated = recipe / "exp" / "run", []
+
+    def evaluate(model, mixtures, folder, *_):
+        evaluated.append(folder)
+        summary = {"groups": {"all": {"si_sdr_i": {"mean": float(len(evaluated))}}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    prepare_speech(exp_dir, settings)
+    make_lists(exp_dir, settings)
+    compare_packaged(exp_dir, settings)
+    compare_packaged(exp_dir, settings)
+    n_fitting = len(evaluated)
+    assert n_fitting >= 2, "once for each model"
+    for path in (recipe / "data" / "test").glob("*.wav"):
+        samples, rate = sf.read(path)
+        sf.write(path, -samples, rate)
+    compare_packaged(exp_dir, settings)
+    assert len(set(evaluated)) == len(evaluated) == 2 * n_fitting
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert f"SI-SDRi of {len(evaluated)}.00 dB" in last

@@ -190,11 +190,13 @@ def test_the_schedule_goes_on_from_its_state():
     assert begun + rates(second, 4) == expected
 
 
-def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid, tmp_path):
+def test_training_goes_on_as_if_it_had_not_been_interrupted(speech, valid, tmp_path):
+    depth = {**DEPTH, "dropout": 0.1}
+    model = TinySepformer(2, **SIZES, **depth)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     outcome = train(model, speech, valid, tmp_path / "whole", CONF)
     assert outcome["steps"] == 8
-    again = TinySepformer(2, **SIZES, **DEPTH)
+    again = TinySepformer(2, **SIZES, **depth)
     again.load_state_dict(start)
 
     class Interrupted(Exception):
@@ -218,13 +220,13 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(model, speech, valid
     drawn = []
     counting = Dies()
     counting.read = lambda *args: drawn.append(1) or speech.read(*args)
-    train(TinySepformer(2, **SIZES, **DEPTH), counting, valid, tmp_path / "count", CONF)
+    train(TinySepformer(2, **SIZES, **depth), counting, valid, tmp_path / "count", CONF)
     with pytest.raises(Interrupted):
         train(again, Dies(), valid, tmp_path / "broken", CONF)
     last = tmp_path / "broken" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
     with_worker = {**CONF, "num_workers": 1}
-    other = TinySepformer(2, **SIZES, **DEPTH)
+    other = TinySepformer(2, **SIZES, **depth)
     resumed = train(other, speech, valid, tmp_path / "broken", with_worker)
     assert resumed["val_si_sdr"] == pytest.approx(outcome["val_si_sdr"], abs=1e-4)
     ends = [

@@ -327,6 +327,12 @@ def _cell(mean, low, high, sign=""):
     return f"{mean:{sign}.2f}{interval}"
 
 
+def steps_of_points(settings):
+    """At how many steps a contender is measured (set of int)."""
+    count = settings["budget_points"]
+    return {round(k * settings["budget_steps"] / count) for k in range(1, count + 1)}
+
+
 def budget_points(result, settings):
     """The points of a contender at shares of the steps, and that where the time was used.
 
@@ -337,8 +343,7 @@ def budget_points(result, settings):
     Returns:
         tuple: List of points, and a point; None without a budget of time.
     """
-    count = settings["budget_points"]
-    steps = {round(k * settings["budget_steps"] / count) for k in range(1, count + 1)}
+    steps = steps_of_points(settings)
     seconds = 60 * settings["budget_minutes"]
     in_time = [point for point in result["points"] if point["seconds"] >= seconds]
     at_steps = [point for point in result["points"] if point["steps"] in steps]

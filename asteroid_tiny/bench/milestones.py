@@ -17,6 +17,7 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 from ..errors import UserError
 from ..summary import mean_interval
 from ..training import validation_loader
+from .comparison import steps_of_points
 
 STATUS = Path("/proc/self/status")  # of Linux
 
@@ -33,11 +34,10 @@ class Points(pl.Callback):
     """
 
     def __init__(self, valid_set, conf):
-        count = conf["budget_points"]
-        shares = [k / count for k in range(1, count + 1)]
         self.valid_set, self.conf = valid_set, conf
-        self.at_steps = {round(share * conf["budget_steps"]) for share in shares}
-        self.at_seconds = [share * 60 * conf["budget_minutes"] for share in shares]
+        count, minutes = conf["budget_points"], conf["budget_minutes"]
+        self.at_steps = steps_of_points(conf)
+        self.at_seconds = [k * 60 * minutes / count for k in range(1, count + 1)]
         self.state = {
             "device": None,
             "seconds": 0.0,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .kaldi import SPLITS, NoiseDir, SpeechDir, decode, open_info, read_table
 from .mixing import SILENT, read_list, render
+from .surroundings import RecordedNoise
 
 FULL_SCALE = 0.999
 CLIPPED = 0.001  # share of the samples at full scale above which a recording has clipped
@@ -72,9 +73,9 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     findings = []
     wavs, speakers = (_table(folder / name, findings) for name in ("wav.scp", "utt2spk"))
     segments = _table(folder / "segments", findings) if (folder / "segments").exists() else {}
+    told = {}  # after the loop: samples of each recording, without segments
     for name in ("spk2gender", "spk2production", "utt2num_samples"):
-        if (folder / name).exists():
-            _table(folder / name, findings)
+        told = _table(folder / name, findings) if (folder / name).exists() else {}
     inside = collections.defaultdict(dict)  # by recording: utterances with start and end in s
     for key in segments or wavs:
         try:
@@ -88,15 +89,39 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
             findings.append(Finding("broken segment", key, segments[key]))
         if key not in speakers:
             findings.append(Finding("no speaker", key, f"in {folder / 'utt2spk'}"))
+        elif len(speakers[key].split()) > 1:
+            findings.append(Finding("broken speaker", key, f"{speakers[key]!r} is not one word"))
     for recording in inside.keys() - wavs.keys():
         findings.append(Finding("missing", recording, f"in {folder / 'wav.scp'}"))
     looked = _look_at_all({key: folder / value for key, value in wavs.items()}, inside, shortest)
-    rates = collections.Counter(rate for rate, _ in looked.values() if rate)
+    rates = collections.Counter(rate for rate, *_ in looked.values() if rate)
     wanted = sample_rate or (rates.most_common(1)[0][0] if rates else None)
-    for key, (rate, found) in looked.items():
+    for key, (rate, n_samples, found) in looked.items():
         if rate not in (None, wanted):
             findings.append(Finding("rate", str(folder / wavs[key]), f"{rate} Hz, not {wanted}"))
         findings += found
+        if not segments and n_samples and told.get(key, "").isdecimal():
+            if int(told[key]) != n_samples:
+                what = f"{n_samples} samples, not {told[key]} as utt2num_samples has it"
+                findings.append(Finding("length", str(folder / wavs[key]), what))
+    return findings
+
+
+def check_noise(folder):
+    """What is wrong with a folder of recordings of noise.
+
+    Args:
+        folder (str or Path): The folder.
+
+    Returns:
+        list of Finding: Empty if all is well.
+    """
+    findings = []
+    for path, *_ in RecordedNoise(folder).recordings:
+        try:
+            decode(path)
+        except UserError as error:
+            findings.append(Finding("unreadable noise", path, str(error)))
     return findings
 
 
@@ -170,7 +195,7 @@ def _table(path, findings):
 
 
 def _look_at_all(paths, inside, shortest):
-    """Rate and findings of each recording."""
+    """Rate, samples and findings of each recording."""
 
     def look(key):
         return key, _look(paths[key], inside.get(key, {}), shortest)
@@ -181,18 +206,19 @@ def _look_at_all(paths, inside, shortest):
 
 
 def _look(path, utterances, shortest):
-    """The rate of a recording, None if it cannot be read, and what is wrong with it."""
+    """Rate and samples of a recording, None if it cannot be read, and what is wrong with it."""
     try:
         info = open_info(path)
         if info.channels != 1:
-            return info.samplerate, [Finding("channels", str(path), str(info.channels))]
+            return info.samplerate, None, [Finding("channels", str(path), str(info.channels))]
         samples = decode(path)
     except UserError as error:
         kind = "NaN" if "NaN" in str(error) else "unreadable" if Path(path).exists() else "missing"
-        return None, [Finding(kind, str(path), str(error))]
+        return None, None, [Finding(kind, str(path), str(error))]
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / 32768
-    return info.samplerate, list(_listen(samples, info.samplerate, path, utterances, shortest))
+    found = list(_listen(samples, info.samplerate, path, utterances, shortest))
+    return info.samplerate, len(samples), found
 
 
 def _listen(samples, rate, path, utterances, shortest):

@@ -113,10 +113,13 @@ class EndlessMixtures(torch.utils.data.Dataset):
         if reason not in self.broken:
             log.warning("%s; training goes on without it", reason)
         self.broken.add(reason)
-        if len(self.broken) > MOST_BROKEN * len(self.speech.wavs):
+        n_recordings = len(self.speech.wavs)
+        if self.noise and self.recorded is not None:
+            n_recordings += len(self.recorded.recordings)
+        if len(self.broken) > MOST_BROKEN * n_recordings:
             raise UserError(
-                f"{len(self.broken)} of {len(self.speech.wavs)} recordings are broken, the last "
-                f"one: {reason}"
+                f"{len(self.broken)} of {n_recordings} recordings are broken, the last one: "
+                f"{reason}"
             )
 
     def _in_surroundings(self, rng, mixed, sources):

@@ -140,7 +140,7 @@ class SpeechDir:
         lengths = {}
         self.recorded_rate = None
         for recording, wav in tqdm(self.wavs.items(), **BAR):
-            if self.recorded_rate and known.get(recording, "").isdigit():
+            if self.recorded_rate and known.get(recording, "").isdecimal():
                 lengths[recording] = int(known[recording])
                 continue
             info = open_info(wav)
@@ -169,6 +169,10 @@ class SpeechDir:
         for key, value in segments.items():
             if key not in speakers:
                 raise UserError(f"{self.path / 'utt2spk'} names no speaker for utterance {key!r}")
+            if len(speakers[key].split()) > 1:
+                raise UserError(
+                    f"{self.path / 'utt2spk'}: {speakers[key]!r} of {key!r} is not one word"
+                )
             try:
                 recording, *times = value.split()
                 start, end = (round(float(time) * self.recorded_rate) for time in times)
@@ -205,7 +209,7 @@ def read_table(path):
     if "\0" in text:
         raise UserError(f"{path} cannot be read as text: it is binary")
     table = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         fields = line.split(maxsplit=1)

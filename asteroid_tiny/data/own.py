@@ -104,6 +104,8 @@ def read_folders(folder):
             continue
         if os.fsencode(path) != str(path).encode(errors="replace"):
             raise UserError(f"the name {os.fsencode(path)!r} is not UTF-8; rename it")
+        if set("\n\r") & set(str(path)):
+            raise UserError(f"the name {str(path)!r} has a line break; rename it")
         speaker = re.sub(r"\s", "_", inside.parts[0])
         utterance = re.sub(r"[\s/]", "_", inside.as_posix())
         if utterance in tables["utt2spk"]:
@@ -218,6 +220,8 @@ def convert(path, target, sample_rate):
     samples = decode(path)
     if samples.ndim > 1:
         raise UserError(f"{path} has {samples.shape[1]} channels; speech must be mono")
+    if not len(samples):
+        raise UserError(f"{path} holds no samples")
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / 32768
     common = math.gcd(rate, sample_rate)
