@@ -5,6 +5,7 @@ so that ``--help`` and a wrong option do not wait for it.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -100,8 +101,15 @@ def main(argv=None):
                 return function(argv[1:])
     options = parser.parse_args(argv)
     function, _ = COMMANDS[options.command]
-    with exit_on_user_error():
-        function(options)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be what no encoding knows
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with exit_on_user_error():
+            function(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _check_options(parser):

@@ -3,7 +3,6 @@
 import copy
 import json
 import weakref
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,11 +34,10 @@ def open_model(name=None):
     Raises:
         UserError: If there is no such model.
     """
-    name = name or DEFAULT
-    if Path(name).suffix == ".onnx":
-        separator = OnnxSeparator(name)
+    path = locate(name or DEFAULT)
+    if path.suffix == ".onnx":
+        separator = OnnxSeparator(path)
         return separator, separator.about
-    path = locate(name)
     return from_pretrained(path).eval(), open_stored(path).infos
 
 

@@ -143,7 +143,8 @@ def test_files_come_back_at_their_rate_length_and_place(tmp_path, rate, suffix):
     seconds = len(time) / rate
     levels = done.pop("levels")
     assert levels == pytest.approx([0, 20 * np.log10(3)], abs=0.3)
-    assert done == {"seconds": seconds, "n_channels": 2, "sample_rate": rate, "gain": 1}
+    told = {"n_channels": 2, "sample_rate": rate, "warning": ""}
+    assert done == {"seconds": seconds, "gain": 1, **told}
     assert sorted(p.name for p in targets[0].parent.iterdir()) == [p.name for p in targets]
 
 
@@ -323,6 +324,13 @@ def test_a_file_and_a_recording_in_memory_are_separated_alike(tmp_path, valid_sp
     np.testing.assert_allclose(read_tracks(targets)[0], in_memory, atol=1e-4)
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path, talk, refused):
+    path = write(tmp_path / "talk.wav", talk, RATE)
+    with refused("1.wav", "is there twice"):
+        separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.wav", f"{tmp_path}/./1.wav"])
+    assert not (tmp_path / "1.wav").exists()
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, talk):
     class Interrupted(Shares):
         def forward(self, mixtures):
@@ -331,9 +339,9 @@ def test_an_interrupt_leaves_nothing(tmp_path, talk):
             return super().forward(mixtures)
 
     path = write(tmp_path / "talk.wav", talk, RATE)
+    targets = [tmp_path / "out" / f"{k}.wav" for k in (1, 2)]
     with pytest.raises(KeyboardInterrupt):
-        separate_file(Interrupted(0.5, 0.5), path, [tmp_path / "out" / "1.wav"] * 2, block=4.0,
-                      overlap=2.0)  # fmt: skip
+        separate_file(Interrupted(0.5, 0.5), path, targets, block=4.0, overlap=2.0)
     assert list((tmp_path / "out").iterdir()) == []
 
 

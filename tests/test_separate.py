@@ -140,6 +140,80 @@ def test_a_namesake_of_another_folder_is_not_taken_for_done(separate, clips, tmp
     assert sf.info(tmp_path / "out" / "talk_est1.wav").frames == 9000
 
 
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+@pytest.mark.parametrize("suffix", ["m4a", "mp3"])
+def test_a_namesake_whose_length_is_not_told_is_not_taken_for_done(separate, talks, suffix):
+    source = sorted(talks.glob("*.wav"))[0]
+    for folder, seconds in (("a", "1.5"), ("b", "3")):
+        (talks / folder).mkdir()
+        command = ["ffmpeg", "-v", "error", "-i", source, "-t", seconds]
+        subprocess.run([*command, talks / folder / f"talk.{suffix}"], check=True)
+    for done in ("1 separated", "1 done before"):
+        assert done in separate(talks / "a" / f"talk.{suffix}")[1]
+    status, _, errors = separate(talks / "b" / f"talk.{suffix}")
+    assert status == 1 and "talk_est1.wav is of another recording" in errors
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_what_ffmpeg_finds_damaged_is_refused_and_what_ends_early_is_told(
+    separate, talks, tmp_path
+):
+    source = sorted(talks.glob("*.wav"))[0]
+    command = ["ffmpeg", "-v", "error", "-stream_loop", "5", "-i", source]
+    subprocess.run([*command, "-c:a", "aac", "-ar", "44100", talks / "hole.m4a"], check=True)
+    content = bytearray((talks / "hole.m4a").read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
+    (talks / "hole.m4a").write_bytes(content)
+    subprocess.run([*command, "-c:a", "libopus", talks / "cut.webm"], check=True)
+    content = (talks / "cut.webm").read_bytes()
+    (talks / "cut.webm").write_bytes(content[: len(content) // 2])
+    status, text, errors = separate(talks / "hole.m4a", talks / "cut.webm")
+    assert status == 1 and "hole.m4a is damaged" in errors and "1 separated" in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut_est1.wav", "cut_est2.wav"}
+    assert "it may be incomplete; ffmpeg says: File ended prematurely" in text
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_wav_file_whose_recorder_died_is_read_whole(separate, talks, tmp_path):
+    content = bytearray(sorted(talks.glob("*.wav"))[0].read_bytes())
+    data = content.index(b"data")
+    content[4:8], content[data + 4 : data + 8] = (36).to_bytes(4, "little"), bytes(4)
+    (tmp_path / "died.wav").write_bytes(content)
+    assert sf.info(tmp_path / "died.wav").frames == 0
+    assert separate(tmp_path / "died.wav")[0] == 0
+    assert sf.info(tmp_path / "out" / "died_est1.wav").frames == 32000
+
+
+def test_a_recording_that_is_absurdly_loud_is_named(separate, tmp_path):
+    sf.write(tmp_path / "loud.wav", np.full(8000, 3e6, np.float32), 8000, subtype="FLOAT")
+    status, _, errors = separate(tmp_path / "loud.wav")
+    assert status == 1 and "loud.wav holds samples beyond 1e+06" in errors
+
+
+def test_a_recording_that_is_named_twice_is_separated_once(separate, talks, monkeypatch):
+    monkeypatch.chdir(talks)
+    name = sorted(talks.glob("*.wav"))[0].name
+    status, text, _ = separate(name, talks / name)
+    assert status == 0 and "1 separated" in text
+
+
+def test_a_name_that_is_not_utf_8_and_a_reader_who_leaves(model, talks, tmp_path):
+    odd = os.fsencode(talks) + b"/caf\xe9.wav"
+    shutil.copy(os.fsencode(sorted(talks.glob("*.wav"))[0]), odd)
+    command = [sys.executable, "-m", "asteroid_tiny.cli", "separate", odd, "-m", str(model)]
+    command += ["-o", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is not UTF-8; rename it" in done.stderr and "1 failed: " in done.stdout
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
 def test_a_folder_without_recordings_is_named(separate, tmp_path):
     (tmp_path / "none" / "below").mkdir(parents=True)
     status, _, errors = separate(tmp_path / "none")
@@ -197,8 +271,8 @@ def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--block", "0"], "--block must be above 0"),
-        (["--block", "inf"], "--block must be above 0"),
+        (["--block", "0.01"], "--block must be at least 0.5 s"),
+        (["--block", "inf"], "--block must be at least 0.5 s"),
         (["--peak", "3"], "--peak must be 0 dB"),
         (["--peak", "nan"], "--peak must be 0 dB"),
         (["--device", "toaster"], "--device toaster cannot be used"),

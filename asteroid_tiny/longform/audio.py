@@ -5,7 +5,7 @@ are converted by soxr as a stream.
 """
 
 import contextlib
-import inspect
+import os
 import shutil
 import struct
 import subprocess
@@ -17,7 +17,7 @@ import soundfile
 import soxr
 
 from ..data.kaldi import NO_LENGTH, check_finite, check_whole
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import reason, whole_file
 
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
@@ -30,7 +30,9 @@ FULL_SCALE = 0.9999  # of 16 bits, rounding included
 FASTEST_OF_VORBIS = 200_000  # Hz, above which libsndfile crashes
 AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
+NOT_TOLD = "it tells no length"
 AU_HEADER = 24  # bytes
+LONG_HEADER = 4096  # bytes: a file that is longer holds something
 
 
 class Recording:
@@ -41,7 +43,10 @@ class Recording:
         n_channels (int): Channels, which are averaged.
         n_samples (int or None): Samples, if known before they are read.
         n_read (int): Samples that were read so far.
+        warning (str): What ffmpeg found wrong with it, once it is read, or nothing.
     """
+
+    warning = ""
 
     def __init__(self, sample_rate, n_channels, n_samples, blocks):
         self.sample_rate = sample_rate
@@ -78,7 +83,9 @@ def open_recording(path):
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     try:
         file = soundfile.SoundFile(path)
-        why = "it tells no length" if file.frames >= NO_LENGTH else None  # made by a pipe
+        empty = file.frames == 0 and Path(path).stat().st_size > LONG_HEADER
+        no_length = empty or file.frames >= NO_LENGTH  # of a recorder that died, of a pipe
+        why = NOT_TOLD if no_length else None
     except soundfile.LibsndfileError as error:
         why = error.error_string.strip(" .")
     except TypeError:  # of soundfile, for the suffix .raw
@@ -111,34 +118,43 @@ def _through_ffmpeg(path, why):
         raise UserError(
             f"{path} cannot be read ({why}); install ffmpeg for what soundfile does not know"
         )
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vn"]
+    strict = ["-xerror"] if why != NOT_TOLD else []  # or the end of such a file is an error, too
+    command = ["ffmpeg", "-v", "error", *strict, "-nostdin", "-i", f"file:{path}", "-vn"]
     command += ["-f", "au", "-c:a", "pcm_f32be", "-"]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         try:
             header = process.stdout.read(AU_HEADER)
-            if len(header) == AU_HEADER:
-                _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
-                process.stdout.read(start - AU_HEADER)
-                blocks = _floats(process, rate, n_channels)
-                yield Recording(rate, n_channels, None, blocks)
-                if inspect.getgeneratorstate(blocks) != inspect.GEN_CLOSED:
-                    return  # nobody wants the rest, for which ffmpeg would wait without end
-            if process.wait() != 0 or len(header) < AU_HEADER:
-                errors.seek(0)
-                told = errors.read().decode(errors="replace").strip().splitlines() or [""]
-                told = told[-1].rpartition("] ")[2].rpartition(": ")[2]
-                raise UserError(f"{path} cannot be read: {told or 'it holds no sound'} (ffmpeg)")
-        finally:
+            if len(header) < AU_HEADER:
+                process.wait()
+                told = _last_line(errors) or "it holds no sound"
+                raise UserError(f"{path} cannot be read: {told} (ffmpeg)")
+            _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
+            process.stdout.read(start - AU_HEADER)
+            recording = Recording(rate, n_channels, None, None)
+            recording._blocks = _floats(path, recording, process, errors)
+            yield recording
+        finally:  # maybe nobody wants the rest
             process.kill()
             process.wait()
             process.stdout.close()
 
 
-def _floats(process, rate, n_channels):
-    while data := process.stdout.read(4 * rate * n_channels):
+def _floats(path, recording, process, errors):
+    n_channels = recording.n_channels
+    while data := process.stdout.read(4 * recording.sample_rate * n_channels):
         whole = len(data) // (4 * n_channels) * n_channels
         yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
+    status, recording.warning = process.wait(), _last_line(errors)
+    if status != 0:
+        how = "is damaged" if recording.n_read else "cannot be read"
+        raise UserError(f"{path} {how}: {recording.warning or 'it ends too early'} (ffmpeg)")
+
+
+def _last_line(errors):
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    return printable(lines[-1].rpartition("] ")[2].rpartition(": ")[2])
 
 
 def resample(pieces, rate, new_rate):
@@ -225,9 +241,11 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
 
 
 def check_formats(targets):
-    """Raises a `UserError` if there are no files to write, or one is not of `FORMATS`."""
+    """Raises a `UserError` if there are no files to write, one twice, or one not of `FORMATS`."""
     if not targets:
         raise UserError("there are no files to write to")
+    if len({os.path.abspath(target) for target in targets}) < len(targets):
+        raise UserError(f"{', '.join(map(str, targets))}: one of the files is there twice")
     for target in targets:
         if _format(target) not in FORMATS:
             raise UserError(f"{target} cannot be written: its suffix must be one of {SUFFIXES}")

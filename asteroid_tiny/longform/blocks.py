@@ -137,11 +137,18 @@ def cut(pieces, size, hop, short=0):
 
 
 def _separate_blocks(
-    model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True, short=1
+    model,
+    pieces,
+    block=BLOCK,
+    overlap=OVERLAP,
+    batch_size=1,
+    mixture_consistency=True,
+    short=1,
+    name="the recording",
 ):
     """Yields the start and the estimates of all blocks; see `separate_stream`.
 
-    A recording of up to `short` blocks is one.
+    A recording of up to `short` blocks is one; errors call it by its `name`.
     """
     size = round(block * model.sample_rate)
     hop = size - round(overlap * model.sample_rate)
@@ -154,15 +161,13 @@ def _separate_blocks(
     for batch in _batches(cut(pieces, size, hop, short * size), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
-            raise UserError("the recording holds samples that are NaN or infinite")
+            raise UserError(f"{name} holds samples that are NaN or infinite")
         if np.abs(mixtures).max() > LOUDEST:
-            raise UserError(
-                f"the recording holds samples beyond {LOUDEST:g}, where 1 is full scale"
-            )
+            raise UserError(f"{name} holds samples beyond {LOUDEST:g}, where 1 is full scale")
         with torch.inference_mode():
             estimates = model(torch.from_numpy(mixtures).to(parameter)).float().cpu().numpy()
         if not np.abs(estimates).max() < ABSURD:
-            raise UserError("the model gives samples that are NaN, infinite or absurdly loud")
+            raise UserError(f"of {name} the model gives samples that are NaN or absurdly loud")
         for (start, mixture), found in zip(batch, estimates):
             if mixture_consistency:
                 found = make_consistent(found, mixture, model.sample_rate)
@@ -268,8 +273,8 @@ def separate_file(
         **options: See `separate_long`.
 
     Returns:
-        dict: `seconds`, `n_channels`, `sample_rate` of the recording; `gain` and `levels` of what
-        was written, see `audio.write_tracks`.
+        dict: `seconds`, `n_channels`, `sample_rate` and `warning` of the recording, see
+        `audio.Recording`; `gain` and `levels` of what was written, see `audio.write_tracks`.
 
     Raises:
         UserError: If the recording cannot be read, or the files cannot be written.
@@ -280,7 +285,7 @@ def separate_file(
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
         whole, done = _Whole(store, targets[0]), 0
-        options = {**options, "mixture_consistency": mixture_consistency}
+        options |= {"mixture_consistency": mixture_consistency, "name": path}
         for n_samples in whole.separate(model, pieces, **options):
             if whole.n_src != len(targets):
                 raise UserError(f"the model gives {whole.n_src} sources, not {len(targets)}")
@@ -304,6 +309,7 @@ def separate_file(
         "seconds": recording.n_read / recording.sample_rate,
         "n_channels": recording.n_channels,
         "sample_rate": recording.sample_rate,
+        "warning": recording.warning,
         "gain": gain,
         "levels": levels,
     }

@@ -18,6 +18,7 @@ from ..inspection import DEFAULT, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
 from .blocks import BLOCK, separate_file
 
+SHORTEST = 0.5  # s: block in which a voice can be heard
 FAINT = 25.0  # dB below the loudest file, of one that may hold nobody
 
 
@@ -55,8 +56,8 @@ def separate_all(
         UserError: If there is no such model or device, or an option makes no sense.
     """
     device = find_device(device)
-    if not 0 < block < math.inf or (batch is not None and batch < 1):
-        raise UserError("--block must be above 0 seconds, and --batch at least 1")
+    if not SHORTEST <= block < math.inf or (batch is not None and batch < 1):
+        raise UserError(f"--block must be at least {SHORTEST:g} seconds, and --batch at least 1")
     if peak is not None and not -math.inf < peak <= 0:
         raise UserError(f"--peak must be 0 dB, which is full scale, or less, not {peak:g}")
     network, about = open_model(model)
@@ -97,6 +98,8 @@ def separate_all(
             written[targets[0]] = path
         except UserError as error:
             told = str(error)
+        except BrokenPipeError:  # of stdout
+            raise
         except OSError as error:  # of a name too long, a folder closed to us
             told = f"{path}: {reason(error)}"
         except (MemoryError, RuntimeError) as error:  # of PyTorch, where memory is too little
@@ -139,7 +142,7 @@ def find_recordings(names):
             found.append(Path(name))
         else:
             found += sorted(map(Path, glob.glob(name, recursive=True))) or [Path(name)]
-    return list(dict.fromkeys(found))
+    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def _is_output(path, out, recordings):
@@ -168,10 +171,12 @@ def is_done(targets, path, force=False):
         return False
     if len(there) < len(targets):
         raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
-    if path.exists() and path.suffix.lower() != ".mp3":  # of which the length may be an estimate
+    if path.exists():
         with open_recording(path) as ours, open_recording(targets[0]) as theirs:
-            alike = ours.n_samples in (None, theirs.n_samples)
-            if not alike or ours.sample_rate != theirs.sample_rate:
+            alike = ours.sample_rate == theirs.sample_rate
+            if alike and ours.n_samples != theirs.n_samples:  # it may be unknown, or an estimate
+                alike = sum(map(len, ours.pieces())) == theirs.n_samples
+            if not alike:
                 raise UserError(
                     f"{targets[0]} is of another recording than {path}; give another folder (-o), "
                     "or write over it with --force"
@@ -197,7 +202,9 @@ def notes_on(done):
     notes = []
     if done["n_channels"] > 1:
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
-    if done["gain"] != 1:
+    if done["warning"]:
+        notes.append(f"it may be incomplete; ffmpeg says: {done['warning']}")
+    if f"{done['gain']:.3g}" != "1":
         notes.append(f"gain {done['gain']:.3g}")
     for k, level in enumerate(done["levels"], start=1):
         if level > FAINT:
