@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_recipe
+from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_conf, read_recipe
 from asteroid_tiny.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +30,14 @@ def main(recipe, tag, *options):
     from asteroid_tiny.preparation import refuse_without_effect  # late: they need torch
     from asteroid_tiny.recipe import build_model, without_foreign_start
 
-    refuse_without_effect(settings, defaults, given)
-    build_model(settings)
-    settings = without_foreign_start(settings, defaults, given)
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag
+    begun = read_conf(exp_dir / "conf.yml") if (exp_dir / "conf.yml").exists() else {}
+    of_run = {**settings, **begun, **{key: settings[key] for key in given}}
+    refuse_without_effect(of_run, defaults, given)
+    build_model(settings)
+    settings = without_foreign_start(settings, defaults, given)
     begin_run(exp_dir, settings, given)
     print(exp_dir)
 

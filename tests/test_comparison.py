@@ -24,7 +24,7 @@ from asteroid_tiny.bench.comparison import (
     format_comparison,
     train_contender,
 )
-from asteroid_tiny.bench.milestones import Points, improvements
+from asteroid_tiny.bench.milestones import improvements
 from asteroid_tiny.data import MixtureList
 from asteroid_tiny.evaluation import measure, separate
 from asteroid_tiny.preparation import open_list
@@ -157,12 +157,6 @@ def test_points_of_both_budgets(fresh):
     assert any(0.6 <= p["seconds"] for p in points[:-1])
     assert 0 < result["step_seconds"] < 1.2 and result["step_memory"] >= 0
     assert re.match(r"CPU \(.+\), \d+ thread", result["device"])
-
-
-def test_a_point_that_lies_between_two_steps_is_shown():
-    settings = {"budget_steps": 45, "budget_points": 10, "budget_minutes": 0}
-    points = [{"steps": steps, "seconds": 1.0} for steps in sorted(Points(None, settings).at_steps)]
-    assert len(points) == 10 and budget_points({"points": points}, settings)[0] == points
 
 
 def test_si_sdri_is_that_of_the_evaluation(run):

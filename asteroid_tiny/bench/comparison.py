@@ -231,7 +231,7 @@ def train_contender(exp_dir, settings, name):
         shapes = build_contender(name, settings)
     macs = count_macs(shapes)
     system = build_system(model, open_training(exp_dir, settings), None, conf)
-    points = Points(open_list(exp_dir, settings, "valid"), conf)
+    points = Points(open_list(exp_dir, settings, "valid"), conf, steps_of_points(conf))
     trainer = build_trainer(folder, conf, [points], max_epochs=-1, limit_val_batches=0)
     fit(trainer, system, folder)
     result = {

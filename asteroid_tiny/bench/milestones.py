@@ -17,7 +17,6 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 from ..errors import UserError
 from ..summary import mean_interval
 from ..training import validation_loader
-from .comparison import steps_of_points
 
 STATUS = Path("/proc/self/status")  # of Linux
 
@@ -31,12 +30,13 @@ class Points(pl.Callback):
         valid_set (MixtureList): What SI-SDRi is measured on.
         conf (dict): `budget_steps`, `budget_minutes` (of device time; 0 for no such budget),
             `budget_points`, and what `validation_loader` takes.
+        at_steps (set of int): Steps after which it measures, of the budget of steps.
     """
 
-    def __init__(self, valid_set, conf):
+    def __init__(self, valid_set, conf, at_steps):
         self.valid_set, self.conf = valid_set, conf
         count, minutes = conf["budget_points"], conf["budget_minutes"]
-        self.at_steps = steps_of_points(conf)
+        self.at_steps = at_steps
         self.at_seconds = [k * 60 * minutes / count for k in range(1, count + 1)]
         self.state = {
             "device": None,

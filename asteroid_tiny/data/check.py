@@ -73,9 +73,11 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     findings = []
     wavs, speakers = (_table(folder / name, findings) for name in ("wav.scp", "utt2spk"))
     segments = _table(folder / "segments", findings) if (folder / "segments").exists() else {}
-    told = {}  # after the loop: samples of each recording, without segments
+    told = {}
     for name in ("spk2gender", "spk2production", "utt2num_samples"):
-        told = _table(folder / name, findings) if (folder / name).exists() else {}
+        if (folder / name).exists():
+            told[name] = _table(folder / name, findings)
+    lengths = {} if segments else told.get("utt2num_samples", {})
     inside = collections.defaultdict(dict)  # by recording: utterances with start and end in s
     for key in segments or wavs:
         try:
@@ -100,10 +102,10 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
         if rate not in (None, wanted):
             findings.append(Finding("rate", str(folder / wavs[key]), f"{rate} Hz, not {wanted}"))
         findings += found
-        if not segments and n_samples and told.get(key, "").isdecimal():
-            if int(told[key]) != n_samples:
-                what = f"{n_samples} samples, not {told[key]} as utt2num_samples has it"
-                findings.append(Finding("length", str(folder / wavs[key]), what))
+        length = lengths.get(key, "")
+        if n_samples and length.isdecimal() and int(length) != n_samples:
+            what = f"{n_samples} samples, not {length} as utt2num_samples has it"
+            findings.append(Finding("length", str(folder / wavs[key]), what))
     return findings
 
 

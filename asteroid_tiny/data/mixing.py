@@ -113,16 +113,16 @@ def draw_turns(speech, rng, speakers, length, max_gap=5.0, speeds=(100,), level=
     speeds = rng.choice(speeds, len(speakers))
     turns = [[] for _ in speakers]
     ends = np.zeros(len(speakers), int)
-    seconds = speech.sample_rate
+    rate = speech.sample_rate
     who, start = int(rng.integers(len(speakers))), 0
-    while not ends.any() or length - start > TURN[0] * seconds:
-        taken = min(round(rng.uniform(*TURN) * seconds), length - start)
+    while not ends.any() or length - start > TURN[0] * rate:
+        taken = min(round(rng.uniform(*TURN) * rate), length - start)
         turn = _draw_audible(speech, rng, speakers[who], taken, int(speeds[who]), levels[who])
         turns[who].append(turn._replace(offset=turn.offset + start))
         ends[who] = start + taken
         if rng.random() < 0.75:
             who = (who + int(rng.integers(1, max(len(speakers), 2)))) % len(speakers)
-        start = max(start + taken + round(rng.uniform(*PAUSE) * seconds), start, ends[who])
+        start = max(start + taken + round(rng.uniform(*PAUSE) * rate), start, ends[who])
     return [Mixture("", length, tuple(own)) for own in turns]
 
 
