@@ -137,15 +137,9 @@ def cut(pieces, size, hop, short=0):
 
 
 def _separate_blocks(
-    model,
-    pieces,
-    block=BLOCK,
-    overlap=OVERLAP,
-    batch_size=1,
-    mixture_consistency=True,
-    short=1,
+    model, pieces, block=BLOCK, overlap=OVERLAP, batch_size=1, mixture_consistency=True, short=1,
     name="the recording",
-):
+):  # fmt: skip
     """Yields the start and the estimates of all blocks; see `separate_stream`.
 
     A recording of up to `short` blocks is one; errors call it by its `name`.
