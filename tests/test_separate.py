@@ -168,10 +168,13 @@ def test_what_ffmpeg_finds_damaged_is_refused_and_what_ends_early_is_told(
     subprocess.run([*command, "-c:a", "libopus", talks / "cut.webm"], check=True)
     content = (talks / "cut.webm").read_bytes()
     (talks / "cut.webm").write_bytes(content[: len(content) // 2])
-    status, text, errors = separate(talks / "hole.m4a", talks / "cut.webm")
-    assert status == 1 and "hole.m4a is damaged" in errors and "1 separated" in text
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut_est1.wav", "cut_est2.wav"}
+    subprocess.run([*command, "-c:a", "aac", talks / "end.aac"], check=True)
+    (talks / "end.aac").write_bytes((talks / "end.aac").read_bytes()[:-57])
+    status, text, errors = separate(*(talks / name for name in ("hole.m4a", "cut.webm", "end.aac")))
+    assert status == 1 and "hole.m4a is damaged" in errors and "2 separated" in text
+    assert not list((tmp_path / "out").glob("hole*"))
     assert "it may be incomplete; ffmpeg says: File ended prematurely" in text
+    assert sf.info(tmp_path / "out" / "end_est1.wav").duration == pytest.approx(24, abs=0.3)
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")

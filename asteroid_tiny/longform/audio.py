@@ -30,7 +30,6 @@ FULL_SCALE = 0.9999  # of 16 bits, rounding included
 FASTEST_OF_VORBIS = 200_000  # Hz, above which libsndfile crashes
 AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
-NOT_TOLD = "it tells no length"
 AU_HEADER = 24  # bytes
 LONG_HEADER = 4096  # bytes: a file that is longer holds something
 
@@ -85,7 +84,7 @@ def open_recording(path):
         file = soundfile.SoundFile(path)
         empty = file.frames == 0 and Path(path).stat().st_size > LONG_HEADER
         no_length = empty or file.frames >= NO_LENGTH  # of a recorder that died, of a pipe
-        why = NOT_TOLD if no_length else None
+        why = "it tells no length" if no_length else None
     except soundfile.LibsndfileError as error:
         why = error.error_string.strip(" .")
     except TypeError:  # of soundfile, for the suffix .raw
@@ -118,9 +117,7 @@ def _through_ffmpeg(path, why):
         raise UserError(
             f"{path} cannot be read ({why}); install ffmpeg for what soundfile does not know"
         )
-    strict = ["-xerror"] if why != NOT_TOLD else []  # or the end of such a file is an error, too
-    command = ["ffmpeg", "-v", "error", *strict, "-nostdin", "-i", f"file:{path}", "-vn"]
-    command += ["-f", "au", "-c:a", "pcm_f32be", "-"]
+    command = _ffmpeg(path, "au", "pcm_f32be")
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         try:
@@ -146,9 +143,25 @@ def _floats(path, recording, process, errors):
         whole = len(data) // (4 * n_channels) * n_channels
         yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
     status, recording.warning = process.wait(), _last_line(errors)
-    if status != 0:
-        how = "is damaged" if recording.n_read else "cannot be read"
+    how = "is damaged" if recording.n_read else "cannot be read"
+    if status != 0 or (recording.warning and _ends_before(path, recording)):
         raise UserError(f"{path} {how}: {recording.warning or 'it ends too early'} (ffmpeg)")
+
+
+def _ffmpeg(path, form, codec, *options):
+    command = ["ffmpeg", "-v", "error", *options, "-nostdin", "-i", f"file:{path}", "-vn"]
+    return [*command, "-f", form, "-c:a", codec, "-"]
+
+
+def _ends_before(path, recording):
+    """Whether ffmpeg finds an error more than a second before the end of what it has read (bool).
+
+    Behind a hole all would be shifted; what merely ends early is worth having.
+    """
+    command = _ffmpeg(path, "f32be", "pcm_f32be", "-xerror")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        n_bytes = sum(map(len, iter(lambda: process.stdout.read(2**20), b"")))
+    return n_bytes / (4 * recording.n_channels) < recording.n_read - recording.sample_rate
 
 
 def _last_line(errors):
