@@ -32,6 +32,7 @@ SHORTEST = 0.5  # s; less holds nothing that can be told apart
 MINUTES = 5.0  # of a recording
 MEGABYTES = 100.0  # of an upload
 KEPT_MINUTES = 30.0  # for which files are kept
+LAST = 30.0  # s that the end of the page waits for that of a separation
 WAITING = 16  # visitors whose recordings wait for their turn
 IMAGE = (
     '<img alt="spectrogram of {}" src="data:image/png;base64,{}" '
@@ -207,8 +208,7 @@ def serve(models, minutes, megabytes, kept_minutes, port, device):
         print(f"the page is at {page.local_url} (stop it with Ctrl-C)", flush=True)
         page.block_thread()
         page.close(verbose=False)  # which ends a separation that is running
-        with page.turn:
-            pass  # wait for its end
+        page.turn.acquire(timeout=LAST)  # wait for its end
 
 
 def _image(name, samples, top):

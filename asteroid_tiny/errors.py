@@ -35,5 +35,8 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        told = "".join(
+            c if c.isprintable() else "?" for c in sentence(error)
+        )  # it may quote others
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)

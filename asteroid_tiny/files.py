@@ -82,7 +82,12 @@ def whole_folder(path):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
-        part.rename(path)
+        try:
+            part.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path} could not be written: {reason(error)}") from error

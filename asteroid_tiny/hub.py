@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from .download import digest_of, fetch, identify
-from .errors import UserError
+from .errors import UserError, printable
 from .files import reason, whole_file
 from .weights import CONFIG, WEIGHTS, read_config
 
@@ -62,7 +62,13 @@ def locate(name):
         raise UserError(f"{name!r} names no model; see asteroid_tiny.list_models()")
     path, name = Path(name), str(name)
     packaged = {folder.parent.name: folder.parent for folder in ZOO.glob(f"*/{CONFIG}")}
-    if path.exists():
+    if name.startswith(("http://", "https://")):
+        return _from_url(name)
+    try:
+        there = path.exists()
+    except OSError as error:  # of a name too long, a folder closed to us
+        raise UserError(f"{printable(name)} cannot be read: {reason(error)}") from None
+    if there:
         if name in packaged:
             warnings.warn(
                 f"{name} is both a path here and a packaged model; the path is taken (for the "
@@ -71,8 +77,6 @@ def locate(name):
         return path
     if name in packaged:
         return packaged[name]
-    if name.startswith(("http://", "https://")):
-        return _from_url(name)
     if path.suffix in MODEL_SUFFIXES or name.startswith((".", "/", "~")):
         raise UserError(f"{name} is missing")
     repo, _, revision = name.partition("@")
@@ -119,8 +123,11 @@ def _pair_from_url(url, sha256):
     with tempfile.TemporaryDirectory() as folder:
         path = fetch(address, Path(folder) / CONFIG)
         config, content = read_config(path, where=address), path.read_bytes()
-    if not re.fullmatch("[0-9a-f]{64}", config["sha256"]) or sha256 not in (None, config["sha256"]):
-        raise UserError(f"{address} says that the sha256 is {config['sha256']}, not {sha256}")
+    told = config["sha256"]
+    if not re.fullmatch("[0-9a-f]{64}", told):
+        raise UserError(f"{address} gives {printable(told)!r} for a sha256, which it is not")
+    if sha256 not in (None, told):
+        raise UserError(f"{address} says that the sha256 is {told}, not {sha256}")
     kept = cache_dir() / _digest(content) / WEIGHTS
     if not kept.exists():
         with whole_file(kept.with_name(CONFIG)) as part:

@@ -1,6 +1,7 @@
 """Asteroid's command asteroid-infer, for models of Asteroid and of this package alike."""
 
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +30,14 @@ def infer(argv):
     asteroid_cli.LambdaOverlapAdd = _overlap_add  # all else is left to it
     sys.argv = ["asteroid-tiny infer"]  # which its help and its errors begin with
     try:
-        asteroid_cli.infer(argv)
-    except (RuntimeError, OSError, ValueError) as error:  # of audio files, of options
-        raise UserError(" ".join(str(error).split())) from None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Could find any file", UserWarning)
+            asteroid_cli.infer(argv)
+    except UserWarning as error:
+        raise UserError(f"there is no file {str(error).rpartition(' ')[2]}") from None
+    except Exception as error:  # of audio files, of options; their readers raise anything
+        told = " ".join(str(error).split())
+        raise UserError(told or f"a file cannot be read: {type(error).__name__}") from None
     finally:
         (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv = theirs, words
 

@@ -99,7 +99,10 @@ def describe(model, about):
     }
     rest = {key: value for key, value in about.items() if key not in SAID}
     if rest:
-        lines["also told"] = json.dumps(rest, default=str)
+        try:
+            lines["also told"] = json.dumps(rest, default=str)
+        except (TypeError, ValueError, RecursionError):  # of strangers, who may tell anything
+            lines["also told"] = repr(rest)
     return _lines(lines)
 
 

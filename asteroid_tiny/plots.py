@@ -228,7 +228,7 @@ def loudest(signals):
         >>> loudest([np.zeros(8000)])  # silence stays dark
         -30.0
     """
-    return max(FAINT_DB, *(float(_levels(samples).max()) for samples in signals))
+    return max([FAINT_DB, *(float(_levels(samples).max()) for samples in signals)])
 
 
 def _shades(samples, top):

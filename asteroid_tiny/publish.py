@@ -109,13 +109,13 @@ def _check(about, model):
         what = ", and the ".join(NEEDED[key] for key in lacking)
         options = ", ".join(f"--{key}" for key in lacking)
         raise UserError(f"nothing is published without the {what}; give {options}")
-    if not re.fullmatch(r"\w[\w.-]*", about["name"]):
-        raise UserError(f"a model is named by letters, digits and _ . -, not {about['name']!r}")
+    _checked_name(about["name"])
     summary = about["summary"]
     try:
         values = [summary["groups"]["all"][name]["mean"] for name in METRICS]
-        rate, _ = summary["sample_rate"], format_table(summary)
-    except (KeyError, TypeError, AttributeError):
+        rate, _ = float(summary["sample_rate"]), format_table(summary)
+        summary["n_mixtures"] + sum(value for value in values if value is not None)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError("the metrics are no summary of an evaluation (results/summary.json)")
     if None in values[: METRICS.index("input_sdr")]:
         raise UserError("nothing is published without metrics, and the SI-SDR is missing")
@@ -128,9 +128,21 @@ def _check(about, model):
         )
 
 
+def _checked_name(name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"a model is named by letters, digits and _ . -, not {name!r}")
+    return name
+
+
 def is_published(folder):
-    """Whether a folder was written by `publish`."""
-    return all((Path(folder) / name).is_file() for name in (CARD, CONFIG, WEIGHTS))
+    """Whether a folder was written by `publish`, and holds nothing else."""
+    there = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+    if not {CARD, CONFIG, WEIGHTS} <= there <= {*PUBLIC, PACKAGE}:
+        return False
+    try:
+        return bool(read_config(Path(folder) / CONFIG))
+    except UserError:
+        return False
 
 
 def rounding_db(model, signals=None):
@@ -280,7 +292,7 @@ def add_to_zoo(folder):
         UserError: If there is one of its name, or it cannot be written, as where the package is
             installed for all users.
     """
-    target = hub.ZOO / read_config(Path(folder) / CONFIG)["name"]
+    target = hub.ZOO / _checked_name(read_config(Path(folder) / CONFIG).get("name"))
     if target.exists():
         raise UserError(f"{target} is there already; publish with another --name, or delete it")
     try:
@@ -315,7 +327,10 @@ def push(folder, repo, private=False):
     if not hub.HUB_ID.fullmatch(repo):
         raise UserError(f"{repo} is no name on the hub; it must be user/repo")
     if not is_published(folder):
-        raise UserError(f"{folder} is no publish folder; it lacks {CARD}, {CONFIG} or {WEIGHTS}")
+        raise UserError(
+            f"{folder} is no publish folder; it lacks {CARD}, {CONFIG} or {WEIGHTS}, "
+            "or holds something else"
+        )
     api = huggingface_hub.HfApi(library_name="asteroid_tiny", library_version=__version__)
     with hub.hub_errors(repo):
         api.create_repo(repo, private=private, exist_ok=True)
@@ -336,7 +351,9 @@ def read_summary(path):
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise UserError(f"{path} is missing; run stage 3 first") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None

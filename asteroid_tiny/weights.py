@@ -24,7 +24,7 @@ from safetensors import torch as safetensors_torch
 
 from .download import digest_of
 from .errors import UserError, printable
-from .files import whole_file
+from .files import reason, whole_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "asteroid_tiny/1"
@@ -163,8 +163,10 @@ def read_config(path, where=None):
         if path.stat().st_size > MAX_CONFIG:
             raise UserError(f"{where} is too large for the description of a model")
         config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise UserError(f"{where} is missing; it must lie beside the weights") from None
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no JSON: {_line(error)}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,22 @@ def test_other_errors_of_the_system_are_said(whole, refused):
     with refused(blocked, "could not be written"):
         with context(blocked) as part:
             write(part, NEW)
+
+
+def test_the_old_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch, refused):
+    with whole_folder(tmp_path / "notes") as part:
+        write_folder(part, OLD)
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with refused("notes could not be written"), whole_folder(tmp_path / "notes") as part:
+        write_folder(part, NEW)
+    assert read_folder(tmp_path / "notes") == OLD and names(tmp_path) == ["notes"]
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path, refused):

@@ -1,6 +1,7 @@
 """Where models come from: paths, packaged models, addresses, the hub's own client on a loopback."""
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -76,6 +77,13 @@ def test_a_name_of_nothing_says_what_there_is(zoo, refused):
         from_pretrained("no-model")
 
 
+def test_a_name_that_is_too_long_for_a_file_is_one_sentence(refused):
+    with refused("cannot be read: File name too long"):
+        from_pretrained(300 * "x")
+    with refused("127.0.0.1"):
+        from_pretrained(f"https://127.0.0.1:9/model.pth?sig={5000 * 'x'}")
+
+
 @pytest.mark.parametrize("name", ["", None, 5])
 def test_what_is_no_name_is_refused(zoo, refused, name):
     with refused(f"{name!r} names no model"):
@@ -143,6 +151,10 @@ def test_an_address_with_another_description_or_none_is_one_sentence(tmp_path, r
             from_pretrained(f"{server.address}/no.pth")
         server.files = {**files, f"/{CONFIG}": b"<html>"}
         with refused(f"{server.address}/{CONFIG} is no JSON"):
+            from_pretrained(f"{server.address}/{WEIGHTS}")
+        config = {**json.loads(files[f"/{CONFIG}"]), "sha256": "\x1b[2Jfine"}
+        server.files = {**files, f"/{CONFIG}": json.dumps(config).encode()}
+        with refused("gives '?[2Jfine' for a sha256, which it is not"):
             from_pretrained(f"{server.address}/{WEIGHTS}")
         server.files = {**files, f"/{WEIGHTS}": files[f"/{WEIGHTS}"][:-1] + b"!"}
         with refused(f"{server.address}/{WEIGHTS}", "not kept"):

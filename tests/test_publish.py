@@ -16,7 +16,7 @@ from small import CLASSES, both_classes, small
 
 from asteroid_tiny import cli, from_pretrained, hub, list_models
 from asteroid_tiny.config import read_conf
-from asteroid_tiny.publish import is_published, publish, rounding_db
+from asteroid_tiny.publish import add_to_zoo, is_published, publish, rounding_db
 from asteroid_tiny.recipe import publish_model
 from asteroid_tiny.weights import CONFIG, WEIGHTS
 
@@ -118,6 +118,39 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, about, refused):
     for _ in range(2):  # one of ours is replaced
         publish(small(), tmp_path / "p", about)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_model_of_others_is_not_taken_for_one_of_ours(tmp_path, about, refused):
+    for name in ("README.md", "model.safetensors", "vocab.txt"):
+        (tmp_path / name).write_text("of another library")
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    for _ in range(2):
+        with refused(tmp_path, "holds other files"):
+            publish(small(), tmp_path, about)
+        (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    ours = publish(small(), tmp_path / "p", about)
+    (ours / ".git").mkdir()
+    with refused(ours, "holds other files"):
+        publish(small(), ours, about)
+
+
+@pytest.mark.parametrize("name", ["../planted", "/planted", None])
+def test_the_name_that_a_folder_tells_is_no_path(tmp_path, about, monkeypatch, refused, name):
+    monkeypatch.setattr(hub, "ZOO", tmp_path / "zoo")
+    folder = publish(small(), tmp_path / "p", about)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "name": name}))
+    with refused("a model is named by letters", repr(name)):
+        add_to_zoo(folder)
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"sample_rate": None}, {"n_mixtures": None}, {"sample_rate": "fast"}]
+)
+def test_a_summary_that_is_none_is_refused(tmp_path, about, change, refused):
+    with refused("no summary of an evaluation"):
+        publish(small(), tmp_path / "p", {**about, "summary": {**about["summary"], **change}})
 
 
 def test_16_bits_are_stored_where_they_serve_and_else_not(tmp_path, about, capsys, clips):
@@ -223,9 +256,15 @@ def test_infer_adds_blocks_that_overlap(tmp_path, clips, capsys):
 def test_infer_says_in_one_line_what_is_wrong(tmp_path, capsys):
     small().save(tmp_path / "model.pth")
     sf.write(tmp_path / "talk.wav", np.zeros(1000), 16000)
-    for model, words in [("model.pth", "sampling rate"), ("none.pth", "none.pth is missing")]:
+    (tmp_path / "notes.txt").write_text("no sound")
+    for model, file, words in [
+        ("model.pth", "talk.wav", "sampling rate"),
+        ("none.pth", "talk.wav", "none.pth is missing"),
+        ("model.pth", "none.wav", "there is no file"),
+        ("model.pth", "notes.txt", "a file cannot be read"),
+    ]:
         with pytest.raises(SystemExit) as left:
-            cli.main(["infer", str(tmp_path / model), "--files", str(tmp_path / "talk.wav")])
+            cli.main(["infer", str(tmp_path / model), "--files", str(tmp_path / file)])
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert left.value.code == 2 and line.startswith("error: ") and words in line
 

@@ -178,6 +178,17 @@ def test_what_ffmpeg_finds_damaged_is_refused_and_what_ends_early_is_told(
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_playlist_reads_no_other_file(separate, talks, tmp_path):
+    private = sorted(talks.glob("*.mp3"))[0]
+    lines = "#EXTM3U", "#EXT-X-TARGETDURATION:10", "#EXTINF:10,", f"file://{private}"
+    for name, end in (("ends.mp4", ["#EXT-X-ENDLIST"]), ("goes_on.mp4", [])):
+        (tmp_path / name).write_text("\n".join([*lines, *end, ""]))
+        status, _, errors = separate(tmp_path / name)
+        assert status == 1 and f"{name} cannot be read: its format is none that" in errors
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 def test_a_wav_file_whose_recorder_died_is_read_whole(separate, talks, tmp_path):
     content = bytearray(sorted(talks.glob("*.wav"))[0].read_bytes())
     data = content.index(b"data")

@@ -31,6 +31,11 @@ FASTEST_OF_VORBIS = 200_000  # Hz, above which libsndfile crashes
 AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
 AU_HEADER = 24  # bytes
+#: Formats that ffmpeg may take a file for; playlists are none, which would have it read others.
+FFMPEG_FORMATS = (
+    "aac ac3 aiff amr amrnb amrwb ape asf au avi caf dsf dts eac3 flac flv gsm loas matroska mov "
+    "mp3 mpc mpc8 mpeg mpegts nistsphere ogg pcm qcp rm shn sox tak tta voc w64 wav wsd wv xwma"
+).split()
 LONG_HEADER = 4096  # bytes: a file that is longer holds something
 
 
@@ -149,7 +154,8 @@ def _floats(path, recording, process, errors):
 
 
 def _ffmpeg(path, form, codec, *options):
-    command = ["ffmpeg", "-v", "error", *options, "-nostdin", "-i", f"file:{path}", "-vn"]
+    command = ["ffmpeg", "-v", "error", *options, "-nostdin"]
+    command += ["-format_whitelist", ",".join(FFMPEG_FORMATS), "-i", f"file:{path}", "-vn"]
     return [*command, "-f", form, "-c:a", codec, "-"]
 
 
@@ -167,6 +173,8 @@ def _ends_before(path, recording):
 def _last_line(errors):
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    if any("not on whitelist" in line for line in lines):
+        return "its format is none that is read here"
     return printable(lines[-1].rpartition("] ")[2].rpartition(": ")[2])
 
 
