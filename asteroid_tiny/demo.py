@@ -6,8 +6,9 @@
     from asteroid_tiny.demo import build_page, launch
     launch(build_page())
 
-The page loads nothing from elsewhere and nothing is sent elsewhere. Each visitor's files lie in
-folders of their own, whose names cannot be guessed, until they are deleted.
+The page loads nothing from elsewhere and nothing is sent elsewhere, though a request made by hand
+can have Gradio fetch a recording from a public address. Each visitor's files lie in folders of
+their own, whose names cannot be guessed, until they are deleted.
 """
 
 import base64
