@@ -218,16 +218,16 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     if path.exists():
         begun = read_conf(path)
         recipe_dir = recipe_folder(exp_dir)
-        before = recipe_dir / begun["speech"]
-        now = recipe_dir / given.get("speech", begun["speech"])
-        if before.exists() and not (now.exists() and now.samefile(before)):
-            raise UserError(
-                f"{exp_dir} was begun with the speech in {before}, which is still there; choose "
-                "another --tag for other speech"
-            )
-        noise_dir = begun.get("noise_dir")
-        if noise_dir and given.get("noise_dir") and not (recipe_dir / noise_dir).exists():
-            may_change = (*may_change, "noise_dir")  # it went to another place
+        for key, what in (("speech", "speech"), ("noise_dir", "noise")):
+            if not (begun.get(key) and given.get(key)):
+                continue
+            before, now = recipe_dir / begun[key], recipe_dir / given[key]
+            if before.exists() and not (now.exists() and now.samefile(before)):
+                raise UserError(
+                    f"{exp_dir} was begun with the {what} in {before}, which is still there; "
+                    f"choose another --tag for other {what}"
+                )
+            may_change = (*may_change, key)
         for key, value in given.items():
             if key not in may_change and begun.get(key) != settings[key]:
                 raise UserError(

@@ -26,7 +26,11 @@ def printable(words):
         >>> printable("mit\\x1b[2J\\n licence")
         'mit?[2J licence'
     """
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(words).split()))
+    return _without_codes(" ".join(str(words).split()))
+
+
+def _without_codes(text):
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @contextlib.contextmanager
@@ -35,8 +39,6 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        told = "".join(
-            c if c.isprintable() else "?" for c in sentence(error)
-        )  # it may quote others
+        told = _without_codes(sentence(error))  # it may quote others; blanks in paths stay
         print(f"error: {told}", file=sys.stderr)
         sys.exit(2)

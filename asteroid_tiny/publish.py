@@ -113,8 +113,10 @@ def _check(about, model):
     summary = about["summary"]
     try:
         values = [summary["groups"]["all"][name]["mean"] for name in METRICS]
-        rate, _ = float(summary["sample_rate"]), format_table(summary)
-        summary["n_mixtures"] + sum(value for value in values if value is not None)
+        rate, _ = summary["sample_rate"], format_table(summary)
+        numbers = [rate, summary["n_mixtures"], *(value for value in values if value is not None)]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError("the metrics are no summary of an evaluation (results/summary.json)")
     if None in values[: METRICS.index("input_sdr")]:

@@ -392,8 +392,7 @@ def validation_loader(valid_set, conf):
 
 
 def own_generator(conf):
-    """Chance for a loader, which draws once a process: dropout's would be shifted where a run
-    continues."""
+    """A loader's own chance; by a draw from that of dropout a run that continues would differ."""
     return torch.Generator().manual_seed(conf["seed"])
 
 

@@ -12,7 +12,9 @@ import pytest
 import recipes
 import soundfile as sf
 import torch
+from small import small
 
+from asteroid_tiny import cli
 from asteroid_tiny.data import SpeechDir
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.summary import METRICS, summarise
@@ -135,3 +137,37 @@ def run_folder():
     yield make
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def separator(tmp_path_factory):
+    """Path of a small model of two speakers at 8 kHz."""
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    small().save(path)
+    return path
+
+
+@pytest.fixture
+def talks(clips, tmp_path):
+    """A folder with a wav file of each of three speakers, and an .mp3 of the fourth."""
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    for (speaker, samples), suffix in zip(clips.items(), ["wav", "wav", "flac", "mp3"]):
+        sf.write(folder / f"{speaker}.{suffix}", samples, 8000)
+    return folder
+
+
+@pytest.fixture
+def separate(separator, tmp_path, capsys):
+    """Runs the subcommand into the folder out, and gives exit status, stdout and stderr."""
+
+    def run(*arguments, out="out"):
+        status = 0
+        try:
+            cli.main(["separate", *map(str, arguments), "-m", str(separator), "--device", "cpu",
+                      "-o", str(tmp_path / out)])  # fmt: skip
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run

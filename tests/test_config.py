@@ -263,7 +263,7 @@ def test_noise_of_a_run_may_move_but_not_change(tmp_path, refused):
     first.mkdir()
     exp_dir = tmp_path / "exp" / "run"
     begin(exp_dir, "--noise_dir", str(first))
-    with refused(exp_dir, f"begun with noise_dir {first}, not {second}"):
+    with refused(exp_dir, "begun with the noise in", first, "--tag"):
         begin(exp_dir, "--noise_dir", str(second))
     first.rename(second)
     assert begin(exp_dir, "--noise_dir", str(second))["noise_dir"] == str(second)
