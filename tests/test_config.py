@@ -245,32 +245,24 @@ def test_a_run_may_move_to_another_machine(tmp_path):
     assert begin(tmp_path) == moved
 
 
-def test_a_run_keeps_its_speech_while_that_is_there(tmp_path, refused):
+@pytest.mark.parametrize("key, what", [("speech", "speech"), ("noise_dir", "noise")])
+def test_a_run_keeps_its_speech_and_noise_while_they_are_there(tmp_path, refused, key, what):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     exp_dir = tmp_path / "exp" / "run"
-    begin(exp_dir, "--speech", str(first))
-    with refused(exp_dir, "was begun with the speech in", first, "--tag"):
-        begin(exp_dir, "--speech", str(second))
+    begin(exp_dir, f"--{key}", str(first))
+    with refused(exp_dir, f"was begun with the {what} in", first, "--tag"):
+        begin(exp_dir, f"--{key}", str(second))
     same = f"{tmp_path}/exp/../first"
-    assert begin(exp_dir, "--speech", same)["speech"] == same
+    assert begin(exp_dir, f"--{key}", same)[key] == same
     first.rename(second)
-    assert begin(exp_dir, "--speech", str(second))["speech"] == str(second)
+    assert begin(exp_dir, f"--{key}", str(second))[key] == str(second)
 
 
-def test_noise_of_a_run_may_move_but_not_change(tmp_path, refused):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    exp_dir = tmp_path / "exp" / "run"
-    begin(exp_dir, "--noise_dir", str(first))
-    with refused(exp_dir, "begun with the noise in", first, "--tag"):
-        begin(exp_dir, "--noise_dir", str(second))
-    first.rename(second)
-    assert begin(exp_dir, "--noise_dir", str(second))["noise_dir"] == str(second)
-    without = tmp_path / "exp" / "without"
-    begin(without)
-    with refused(without, "begun with noise_dir None"):
-        begin(without, "--noise_dir", str(second))
+def test_a_run_without_recorded_noise_gets_none_later(tmp_path, refused):
+    begin(tmp_path / "exp" / "run")
+    with refused("begun with noise_dir None"):
+        begin(tmp_path / "exp" / "run", "--noise_dir", str(tmp_path))
 
 
 def test_the_settings_of_a_run_are_written_whole(tmp_path, monkeypatch):
