@@ -95,8 +95,8 @@ def sinusoid_pairs(n_filters, kernel_size):
             f"sinusoids need an even kernel_size ({kernel_size}) and an even n_filters "
             f"({n_filters}) of at most twice that"
         )
-    time = torch.arange(kernel_size)
-    rows = [torch.full((kernel_size,), math.sqrt(0.5))]
+    time = torch.arange(kernel_size, device="cpu")  # on the meta device slow, see `weights`
+    rows = [torch.full((kernel_size,), math.sqrt(0.5), device="cpu")]
     for k in range(1, kernel_size // 2):
         angle = 2 * math.pi * k * time / kernel_size
         rows += [torch.cos(angle), torch.sin(angle)]

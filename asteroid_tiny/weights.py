@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
+from torch.overrides import TorchFunctionMode
 
 from .download import digest_of
 from .errors import UserError, printable
@@ -319,7 +320,7 @@ def build(stored, classes, **overrides):
     args = {**stored.model_args, **overrides}
     try:
         _check_sizes(args, stored, model_class)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"), _NoNormals():  # shapes without memory
             _check_weights(model_class(**args), stored)
         model = model_class(**args)
         model.load_state_dict({key: stored.read(key) for key in stored.shapes})
@@ -329,6 +330,16 @@ def build(stored, classes, **overrides):
         if not tensor.isfinite().all():
             raise UserError(f"{where} has NaN or infinite numbers in {key}; it is damaged")
     return model
+
+
+class _NoNormals(TorchFunctionMode):
+    """Leaves out starts of normal numbers, for which the meta device imports all of
+    `torch.compile`: a second, longer than what loading takes otherwise."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.normal_:
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _check_overrides(stored, model_class, overrides):

@@ -12,11 +12,13 @@ from small import small
 
 ROOT = Path(__file__).resolve().parents[1]
 TRY = """
+import sys
 import asteroid, torch, asteroid_tiny
 assert "site" in asteroid_tiny.__file__, asteroid_tiny.__file__
 model = asteroid.models.get("TinySepformer").from_preset("tiny-sepformer-xs")
 assert asteroid_tiny.from_pretrained("a-model").masker.n_src == 2
 print(tuple(model(torch.zeros(1, 4000)).shape))
+assert "torch._dynamo" not in sys.modules, "imports torch.compile, which takes a second"
 """
 
 
