@@ -3,7 +3,8 @@
 from .errors import UserError
 from .export import OnnxSeparator
 from .hub import example_mixture, list_models
-from .models import PRESETS, Sepformer, TinySepformer, average, from_pretrained
+from .models import PRESETS, Sepformer, TinySepformer, from_pretrained
+from .transfer import average
 
 __all__ = [
     "PRESETS",

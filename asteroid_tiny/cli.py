@@ -219,7 +219,8 @@ def _average_options(parser):
 @command("average", _average_options)
 def average(options):
     """Writes the model whose weights are the means of those of others."""
-    from .models import average, from_pretrained
+    from .models import from_pretrained
+    from .transfer import average
 
     if options.out.exists():
         raise UserError(f"{options.out} is there already; give another name")

@@ -1,6 +1,7 @@
 """What models cost: multiply-accumulates and bytes kept for the backward pass, counted, and the
 training that follows from them."""
 
+import copy
 import json
 from pathlib import Path
 from unittest import mock
@@ -99,7 +100,7 @@ def saved_bytes(model, n_samples=16000):
     Of a model of this package with `checkpoint_activations`: those at the end of the forward pass
     and those of the largest part that is recomputed at once.
     """
-    model.train()
+    model = copy.deepcopy(model).train()
     checkpointed = getattr(getattr(model, "masker", None), "checkpoint_activations", False)
     saved = SavedBytes(model)
     with saved.count():

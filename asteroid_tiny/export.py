@@ -4,6 +4,7 @@ A file is checked against its model before it is kept, and says in its metadata 
 """
 
 import contextlib
+import copy
 import json
 import logging
 import warnings
@@ -55,6 +56,7 @@ def export_onnx(model, path, quantize=None, speech=None, about=None):
     if quantize not in (None, "int8"):
         raise UserError(f"quantize must be int8, not {quantize!r}")
     onnx = _import("onnx")
+    model = copy.deepcopy(model).cpu().eval()
     with whole_file(path) as part, quiet():
         save_fp32(model, part)
         outcome = {"largest_error": check_lengths(model, part)}
@@ -93,7 +95,7 @@ def save_fp32(model, path):
     example = torch.zeros(1, max(TRACED_LENGTH, 2 * n_shortest))
     try:
         program = torch.onnx.export(
-            model.eval(),
+            model,
             (example,),
             dynamo=True,
             verbose=False,

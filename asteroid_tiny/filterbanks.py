@@ -35,7 +35,12 @@ def build_filterbank(fb_name, n_filters, kernel_size, stride, sample_rate, fb_in
         ValueError: If the start does not fit the family or the sizes.
     """
     takers = asteroid_filterbanks.make_enc_dec, asteroid_filterbanks.get(fb_name)
-    known = {name for taker in takers for name in inspect.signature(taker).parameters}
+    known = {
+        name
+        for taker in takers
+        for name, parameter in inspect.signature(taker).parameters.items()
+        if parameter.kind != parameter.VAR_KEYWORD
+    }
     for name in fb_kwargs:
         if name not in known:
             raise UserError(f"there is no argument {name!r}, of the model or of its filterbank")
@@ -43,7 +48,7 @@ def build_filterbank(fb_name, n_filters, kernel_size, stride, sample_rate, fb_in
         encoder, decoder = asteroid_filterbanks.make_enc_dec(
             fb_name, n_filters, kernel_size, stride=stride, sample_rate=sample_rate, **fb_kwargs
         )
-    if fb_init == "sinusoids" and fb_name == "free":
+    if fb_init == "sinusoids" and asteroid_filterbanks.get(fb_name) is asteroid_filterbanks.FreeFB:
         for coder in (encoder, decoder):
             coder.filterbank._filters.data.copy_(sinusoid_pairs(n_filters, kernel_size))
     elif fb_init != "random":

@@ -33,7 +33,8 @@ FRAMES_IN_CACHE = 2**13  # of a CPU, with what a layer makes of them
 class SelfAttention(nn.Module):
     """Multi-head self-attention along one axis, through `scaled_dot_product_attention`.
 
-    The attention weights are never asked for, so that they are neither computed whole nor stored.
+    The attention weights are never asked for, so that they are neither computed whole nor stored
+    (with dropout on a CPU PyTorch does both).
 
     Args:
         chan (int): Number of channels.
@@ -92,6 +93,8 @@ class DepthwiseSeparableConv(nn.Module):
     Args:
         chan (int): Number of channels.
         kernel_size (int): Length of the convolution, odd.
+
+    The depthwise module holds parameters, but is not called: hooks on it do not run.
     """
 
     def __init__(self, chan, kernel_size):
@@ -137,8 +140,10 @@ class FeedForward(nn.Module):
         hidden (int): Hidden channels.
         dropout (float): Dropout on the hidden channels, in [0, 1).
 
-    Its modules hold the parameters, but are not called: hooks on them do not run, and what replaces
-    them, as PyTorch's dynamic quantisation does, does not fit (`asteroid-tiny export` quantises).
+    Its modules hold the parameters, but are not called: hooks on them do not run, as those of
+    `torch.nn.utils.prune` and the older `weight_norm` (`torch.nn.utils.parametrize` needs none),
+    and what replaces them, as PyTorch's dynamic quantisation does, does not fit (`asteroid-tiny
+    export` quantises). With dropout the hidden channels are kept for the backward pass.
 
     Shape:
         (.., chan) -> the same.
@@ -152,8 +157,8 @@ class FeedForward(nn.Module):
         self.narrow = nn.Linear(hidden, chan)
 
     def forward(self, x):
-        if torch.compiler.is_exporting():  # a file has the parameters once, as they are
-            return self.narrow(F.relu(self.widen(self.norm(x))))
+        if torch.compiler.is_compiling():  # an exported file has the parameters as they are
+            return self.narrow(self.dropout(F.relu(self.widen(self.norm(x)))))
         weight = self.widen.weight * self.norm.weight
         bias = self.widen.bias + self.widen.weight @ self.norm.bias
         if self.dropout.p and self.training:
@@ -184,7 +189,7 @@ class _Normalise(torch.autograd.Function):
 
 def normalise(x):
     """Zero mean and unit variance over the last dimension, without scale and shift."""
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():
+    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not is_traced()):
         return _Normalise.apply(x)
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 

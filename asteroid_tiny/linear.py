@@ -2,8 +2,8 @@
 
 PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on some
 of AMD's processors. oneDNN, which comes with PyTorch too, is about as fast elsewhere; it is used
-wherever it can be: for float32 on such a CPU, outside of autocast, tracing, compilation and export,
-but for weight gradients on CPUs without AVX-512. Elsewhere, and with
+wherever it can be: for float32 on such a CPU, outside of autocast, tracing, compilation, export and
+`torch.func`, but for weight gradients on CPUs without AVX-512. Elsewhere, and with
 ``torch.backends.mkldnn.flags(enabled=False)``, the products are `torch.nn.functional.linear`.
 
 Most of what a Transformer layer keeps for its backward pass are the hidden activations of its
@@ -11,9 +11,12 @@ feed-forward network. They are computed again instead, a block of rows at a time
 they never leave its cache: there this costs no time, it saves some.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import flop_counter
 
 BLOCK = 2**19  # hidden activations that fit in the cache of a CPU
 VECTORS = torch.backends.cpu.get_cpu_capability()
@@ -64,8 +67,12 @@ def feed_forward(x, widen, widen_bias, narrow, narrow_bias):
 
 
 def is_traced():
-    """Whether the operations are being recorded, to run elsewhere (bool)."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    """Whether the operations are recorded, to run elsewhere, or transformed by `torch.func`."""
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def by_onednn(x):
@@ -86,6 +93,15 @@ def product(x, weight, bias=None, relu=False):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
+
+
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
+    """Of oneDNN's product, for PyTorch's `FlopCounterMode`, which does not know it."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+if ON_X86:
+    flop_counter.register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 def weight_gradient(grad, x):

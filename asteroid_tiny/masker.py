@@ -12,6 +12,7 @@ widening costs half.
 
 import torch
 from asteroid.masknn import activations
+from asteroid.utils import has_arg
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ class DualPathMasker(nn.Module):
         n_inter_layers (int): Layers applied in each inter stack.
         share_layers (bool): Whether the layers of one stack share their parameters.
         norm_type (str): ``"gLN"`` or ``"cLN"``, Asteroid's names.
-        mask_act (str): Activation of the masks, by Asteroid's names.
+        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources.
         checkpoint_activations (bool): See `LayerStack`.
 
     Shape:
@@ -91,9 +92,10 @@ class DualPathMasker(nn.Module):
         checkpoint_activations=False,
     ):
         super().__init__()
+        half = ", half of it by default" if hop_size is None else ""
         hop_size = chunk_size // 2 if hop_size is None else hop_size
         if hop_size < 1 or chunk_size % hop_size:
-            raise ValueError(f"hop_size ({hop_size}) must divide chunk_size ({chunk_size})")
+            raise ValueError(f"hop_size ({hop_size}{half}) must divide chunk_size ({chunk_size})")
         if norm_type not in ("gLN", "cLN"):
             raise ValueError(f"norm_type must be 'gLN' or 'cLN', not {norm_type!r}")
         if bn_chan % 2:
@@ -122,7 +124,8 @@ class DualPathMasker(nn.Module):
         self.value = Linear(bn_chan, bn_chan)
         self.gate = Linear(bn_chan, bn_chan)
         self.to_mask = Linear(bn_chan, in_chan, bias=False)
-        self.mask_act = activations.get(mask_act)()
+        mask_act = activations.get(mask_act)
+        self.mask_act = mask_act(dim=1) if has_arg(mask_act, "dim") else mask_act()
 
     def forward(self, mixture):
         """
@@ -141,7 +144,7 @@ class DualPathMasker(nn.Module):
         x = join_chunks(self.prelu(chunks), x.shape[1], self.hop_size)
         x = self.to_sources(x).unflatten(-1, (self.n_src, -1))
         x = torch.tanh(self.value(x)) * torch.sigmoid(self.gate(x))
-        return self.mask_act(self.to_mask(x)).permute(0, 2, 3, 1)
+        return self.mask_act(self.to_mask(x).permute(0, 2, 3, 1))
 
 
 def split_chunks(x, chunk_size, hop_size):

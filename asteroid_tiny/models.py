@@ -7,6 +7,7 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 import functools
 
 import asteroid
+import numpy as np
 import torch
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from torch.nn import functional as F
@@ -18,7 +19,7 @@ from .hub import locate
 from .layers import ConvAttentionLayer, TransformerLayer
 from .linear import is_traced
 from .masker import DualPathMasker
-from .weights import build, from_dict, open_stored, save_whole, write_pair
+from .weights import build, check_numbers, from_dict, open_stored, save_whole, write_pair
 
 
 class _DualPathModel(BaseEncoderMaskerDecoder):
@@ -30,7 +31,10 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
     """
 
     def __init__(self, args, make_layer):
-        fb_kwargs = args.pop("fb_kwargs")
+        fb_kwargs = {key: _plain(value) for key, value in args.pop("fb_kwargs").items()}
+        if args["stride"] is None:
+            args["stride"] = args["kernel_size"] // 2
+        check_numbers(args)
         encoder, decoder = build_filterbank(
             args["fb_name"],
             args["n_filters"],
@@ -85,7 +89,9 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         if name not in PRESETS:
             raise UserError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
         model_class, sizes = PRESETS[name]
-        if not issubclass(model_class, cls):
+        if issubclass(cls, model_class):
+            model_class = cls
+        elif not issubclass(model_class, cls):
             raise UserError(f"preset {name!r} is of {model_class.__name__}, not of {cls.__name__}")
         return model_class(**{**sizes, "n_src": n_src, "sample_rate": sample_rate, **overrides})
 
@@ -106,7 +112,8 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
                 f"a mixture has one channel, not {wav.shape[1]}: its shape is (time,), "
                 "(batch, time) or (batch, 1, time)"
             )
-        if torch.compiler.is_exporting():  # with a length that is at least that of the filters
+        # not `is_exporting()`, which is true in compiled code, too, that serves any length
+        if torch.compiler._is_exporting_flag:  # the length is at least that of the filters
             return super().forward_encoder(wav)
         short = self.encoder.filterbank.kernel_size - wav.shape[-1]
         # max(short, 0) without a branch, so that a traced model serves other lengths
@@ -143,10 +150,16 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             path (str or Path): The file, by custom ``*.pth``.
 
         Raises:
-            UserError: If the file cannot be written, or its name is one of another format.
+            UserError: If the file cannot be written, its name is one of another format, or an
+                argument is of a kind that could not be read again, such as a class.
         """
         if str(path).endswith((".safetensors", ".onnx")):
             raise UserError(f"{path}: save writes Asteroid's format; name the file *.pth")
+        for name, value in self._model_args.items():
+            if not isinstance(value, (str, int, float, list, tuple, torch.Tensor, type(None))):
+                raise UserError(
+                    f"a model whose {name} is a {type(value).__name__} cannot be stored"
+                )
         save_whole(self.serialize(), path)
 
     def save_pretrained(self, folder, half=False, **about):
@@ -189,7 +202,9 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             stored = from_dict(name_or_path, "the dictionary")
         else:
             stored = open_stored(locate(name_or_path))
-        classes = {c.__name__: c for c in (cls, *cls.__subclasses__()) if c is not _DualPathModel}
+        bases = [c for c in cls.__mro__ if issubclass(c, _DualPathModel)]
+        classes = {c.__name__: c for c in _subclasses(cls)} | {c.__name__: cls for c in bases}
+        classes.pop(_DualPathModel.__name__)
         return build(stored, classes, **overrides).eval()
 
 
@@ -204,7 +219,7 @@ class Sepformer(_DualPathModel):
         fb_name (str): Filterbank family, as `asteroid_filterbanks.make_enc_dec` takes it.
         n_filters (int): Number of filters.
         kernel_size (int): Length of the filters in samples.
-        stride (int): Hop of the filters in samples.
+        stride (int, optional): Hop of the filters in samples; half of `kernel_size` if None.
         fb_init (str): Start of the filters, ``"random"`` or, for ``"free"`` ones with a hop of half
             their length, ``"sinusoids"`` (`filterbanks.sinusoid_pairs`).
         encoder_activation (str): Activation after the encoder, by Asteroid's names.
@@ -219,7 +234,7 @@ class Sepformer(_DualPathModel):
         dropout (float): Dropout in [0, 1).
         share_layers (bool): Whether the layers of one stack share their parameters.
         norm_type (str): ``"gLN"`` or ``"cLN"``, after the stacks.
-        mask_act (str): Activation of the masks, by Asteroid's names.
+        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources.
         checkpoint_activations (bool): Trades a third more training time for several times less
             training memory; results stay the same.
         sample_rate (float): Sample rate in Hz.
@@ -359,10 +374,20 @@ class TinySepformer(_DualPathModel):
         super().__init__(_arguments(locals()), make_layer)
 
 
+def _subclasses(cls):
+    """All classes that are derived from one, however remotely."""
+    return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+
+
+def _plain(value):
+    """NumPy's numbers as Python's, which can be stored."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _arguments(local_variables):
     """The arguments of a constructor, from its `locals()`."""
     return {
-        key: value
+        key: _plain(value)
         for key, value in local_variables.items()
         if key not in ("self", "__class__", "make_layer")
     }
@@ -400,41 +425,6 @@ for _model in (Sepformer, TinySepformer):
     if getattr(_known, "__module__", None) == __name__:  # this module is being reloaded
         delattr(asteroid.models, _model.__name__)
     asteroid.models.register_model(_model)
-
-
-def average(models):
-    """The model whose weights are the means of those of others.
-
-    Trainings that went on from the same weights with different mixtures may be averaged so, and
-    the outcome has much of the strength of each (M. Wortsman et al., "Model soups", ICML 2022).
-
-    Args:
-        models (iterable of Sepformer or TinySepformer): At least one, all of the same arguments.
-
-    Returns:
-        Sepformer or TinySepformer: A new model, in eval mode.
-
-    Raises:
-        UserError: If there is none, or they are not of one class and of the same arguments.
-
-    Examples:
-        >>> model = TinySepformer.from_preset("tiny-sepformer-xs")
-        >>> mean = average([model, model])
-        >>> torch.equal(mean.encoder.filterbank.filters(), model.encoder.filterbank.filters())
-        True
-    """
-    models = list(models)
-    if not models:
-        raise UserError("there are no models to average")
-    first, *others = models
-    args = first.get_model_args()
-    of_training = {key: args[key] for key in ("dropout", "checkpoint_activations")}
-    if any(type(m) is not type(first) or m.get_model_args() | of_training != args for m in others):
-        raise UserError("models of different classes or arguments cannot be averaged")
-    mean = type(first)(**args).eval()
-    states = [m.state_dict() for m in models]
-    mean.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
-    return mean
 
 
 def from_pretrained(name_or_path, **overrides):

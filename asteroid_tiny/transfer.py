@@ -1,4 +1,5 @@
-"""Weights of one model for the start of another: of other sources, rate, stride or sharing."""
+"""Weights of one model for the start of another: of other sources, rate, stride or sharing; and the
+mean of several."""
 
 import re
 
@@ -10,6 +11,7 @@ from .errors import UserError
 
 ENCODER, DECODER = "encoder.filterbank._filters", "decoder.filterbank._filters"
 TO_MASK = "masker.to_mask.weight"
+MEANINGS = "n_heads", "norm_type", "encoder_activation", "mask_act"  # which no shape shows
 
 
 def copy_weights(model, name_or_path):
@@ -23,9 +25,11 @@ def copy_weights(model, name_or_path):
     the same.
 
     Raises:
-        UserError: If there is no such model, or it has other sizes or another rate than that.
+        UserError: If there is no such model, it has other sizes or another rate than that, or
+            weights of the same sizes mean something else in it (`MEANINGS`).
     """
     other = type(model).from_pretrained(name_or_path)
+    args, other_args = model.get_model_args(), other.get_model_args()
     weights, own = other.state_dict(), model.state_dict()
     if other.masker.n_src != model.masker.n_src:
         weights.update({key: own[key] for key in own if key.startswith("masker.to_sources.")})
@@ -44,7 +48,7 @@ def copy_weights(model, name_or_path):
         weights = raise_rate(weights, own, round(model.sample_rate), round(other.sample_rate))
     elif model.decoder.stride != other.decoder.stride and DECODER in weights:
         weights[DECODER] = weights[DECODER] * (model.decoder.stride / other.decoder.stride)
-    if other.get_model_args()["share_layers"] and not model.get_model_args()["share_layers"]:
+    if other_args["share_layers"] and not args["share_layers"]:
         shared = {key: re.sub(r"\.layers\.\d+\.", ".layers.0.", key) for key in own}
         weights = {key: weights[shared[key]] for key in own if shared[key] in weights}
     try:
@@ -54,6 +58,12 @@ def copy_weights(model, name_or_path):
             f"--init_from {name_or_path} has other sizes than this run's model; give its preset "
             "as an option"
         ) from None
+    for name in MEANINGS:
+        if args[name] != other_args[name]:
+            raise UserError(
+                f"--init_from {name_or_path} is a model with {name} {other_args[name]}, not "
+                f"{args[name]}"
+            )
 
 
 def _lasts_as_long(model, other):
@@ -104,3 +114,39 @@ def raise_rate(weights, own, sample_rate, old_rate):
     upper = rows[:, -max(1, n_old // 8) :].mean(1, keepdim=True)
     raised[TO_MASK] = torch.cat([rows, upper.expand(-1, (n - n_old) // 2, -1)], 1).flatten(0, 1)
     return raised
+
+
+def average(models):
+    """The model whose weights are the means of those of others.
+
+    Trainings that went on from the same weights with different mixtures may be averaged so, and
+    the outcome has much of the strength of each (M. Wortsman et al., "Model soups", ICML 2022).
+
+    Args:
+        models (iterable of Sepformer or TinySepformer): At least one, all of the same arguments.
+
+    Returns:
+        Sepformer or TinySepformer: A new model, in eval mode.
+
+    Raises:
+        UserError: If there is none, or they are not of one class and of the same arguments.
+
+    Examples:
+        >>> from asteroid_tiny import TinySepformer
+        >>> model = TinySepformer.from_preset("tiny-sepformer-xs")
+        >>> mean = average([model, model])
+        >>> torch.equal(mean.encoder.filterbank.filters(), model.encoder.filterbank.filters())
+        True
+    """
+    models = list(models)
+    if not models:
+        raise UserError("there are no models to average")
+    first, *others = models
+    args = first.get_model_args()
+    of_training = {key: args[key] for key in ("dropout", "checkpoint_activations")}
+    if any(type(m) is not type(first) or m.get_model_args() | of_training != args for m in others):
+        raise UserError("models of different classes or arguments cannot be averaged")
+    mean = type(first)(**args).to(next(first.parameters()).dtype).eval()
+    states = [m.state_dict() for m in models]
+    mean.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
+    return mean

@@ -124,7 +124,7 @@ def write_pair(folder, conf, about, half=False):
         "sample_rate": conf["model_args"]["sample_rate"],
         "n_src": conf["model_args"]["n_src"],
         "n_parameters": sum(tensor.numel() for tensor in state.values()),
-        "dtype": "float16" if half else "float32",
+        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         **about,
         "versions": conf["infos"]["software_versions"],
     }
@@ -359,15 +359,7 @@ def _check_sizes(args, stored, model_class):
     """Refuses what would take forever to lay out, or more memory than there is."""
     defaults = {k: p.default for k, p in inspect.signature(model_class).parameters.items()}
     args = {**defaults, **args}
-    for name in COUNTS:
-        if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
-            raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
-    for name, low, high in (("sample_rate", 1, 1e6), ("dropout", 0, 1)):
-        value = args[name]
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise ValueError(f"{name} must be a number from {low} to {high:g}, not {value!r}")
-    if args["stride"] > args["kernel_size"]:
-        raise ValueError(f"stride ({args['stride']}) must not be above the kernel_size")
+    check_numbers(args)
     intra, inter = args["n_intra_layers"], args["n_inter_layers"]
     unique = args["n_repeats"] * (2 if args["share_layers"] else intra + inter)
     if unique > len(stored.shapes) or max(intra, inter) > MAX_LAYERS:
@@ -379,6 +371,23 @@ def _check_sizes(args, stored, model_class):
     # what weights do not show: filterbanks that are computed, not learned; and a chunk of signal
     _check_memory(16 * args["n_filters"] * args["kernel_size"])
     _check_memory(16 * args["chunk_size"] * args["bn_chan"])
+
+
+def check_numbers(args):
+    """Refuses numbers that no model can have among the arguments of one.
+
+    Raises:
+        ValueError: If there is such a number.
+    """
+    for name in COUNTS:
+        if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
+            raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
+    for name, low, high in (("sample_rate", 1, 1e6), ("dropout", 0, 1)):
+        value = args[name]
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low} to {high:g}, not {value!r}")
+    if args["stride"] > args["kernel_size"]:
+        raise ValueError(f"stride ({args['stride']}) must not be above the kernel_size")
 
 
 def _check_weights(model, stored):

@@ -27,7 +27,7 @@ def speech(pack):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     torch.manual_seed(0)
-    model = small(**SIZES)
+    model = small(**SIZES).train()  # which drops nothing out
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     return model, path, export_onnx(model, path)
 
@@ -54,6 +54,10 @@ def test_a_file_separates_as_models_do(exported, speech, refused):
     assert separator(batch).shape == separator(batch[:, None]).shape == (2, 2, 20000)
     with refused("one channel, not 2"):
         separator(batch[None])
+
+
+def test_a_model_stays_in_training(exported):
+    assert exported[0].training
 
 
 def test_a_file_takes_silence_and_gradients_as_models_do(exported, refused):

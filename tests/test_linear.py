@@ -5,6 +5,7 @@ import torch
 from small import both_classes, shaken, small
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from asteroid_tiny import linear
 from asteroid_tiny.linear import Linear, by_onednn, feed_forward
@@ -71,6 +72,31 @@ def test_a_model_computes_the_same_without_onednn(model_class):
     assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-6 for a, b in zip(*results, strict=True))
 
 
+def test_operations_are_counted_alike_with_and_without_onednn():
+    model, counts = small(), []
+    for enabled in (True, False):
+        counter = FlopCounterMode(display=False)
+        with torch.backends.mkldnn.flags(enabled=enabled), counter:
+            model(torch.randn(1, 4000)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 1e7
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_mixture_by_torch_func_are_those_of_autograd():
+    model, mixtures = small(), torch.randn(2, 800)
+    parameters = dict(model.named_parameters())
+
+    def energy(parameters, mixture):
+        return torch.func.functional_call(model, parameters, mixture[None]).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(energy), (None, 0))(parameters, mixtures)
+    for i, mixture in enumerate(mixtures):
+        wanted = torch.autograd.grad(energy(parameters, mixture), list(parameters.values()))
+        pairs = zip((found[key][i] for key in parameters), wanted, strict=True)
+        assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-5 for a, b in pairs)
+
+
 def test_a_traced_model_asks_for_no_operation_of_one_processor(tmp_path):
     model = small().eval()
     traced = torch.jit.trace(model, torch.randn(1, 4000))
@@ -93,3 +119,19 @@ def test_a_preset_is_compiled_without_a_graph_break(name, training):
             torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (ours, theirs)
         ]
         assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-6 for a, b in zip(*gradients))
+
+
+@both_classes
+def test_a_compiled_model_drops_out_alike_and_serves_any_length(model_class):
+    torch._dynamo.reset()
+    model = small(model_class, dropout=0.5, n_repeats=1)
+    compiled = torch.compile(model, backend="eager")
+    for length in (700, 9, 1, 500):
+        mixture = torch.randn(1, length)
+        torch.testing.assert_close(compiled(mixture), model(mixture))
+    model.train()
+    found = []
+    for either in (compiled, model):
+        torch.manual_seed(0)
+        found.append(either(mixture))
+    torch.testing.assert_close(*found)

@@ -3,12 +3,14 @@
 import copy
 import importlib
 import inspect
+import json
 
 import asteroid
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from asteroid_filterbanks import FreeFB
 from small import CLASSES, SIZES, both_classes, first_layer, n_parameters, small
 
 from asteroid_tiny import PRESETS, Sepformer, TinySepformer, models
@@ -133,9 +135,12 @@ def test_every_size_is_an_argument_that_is_stored(model_class, name):
         (dict(norm_type="bN"), "norm_type"),
         (dict(bn_chan=15, n_heads=1), "bn_chan"),
         (dict(n_src=0), "n_src"),
-        (dict(n_intra_layers=0), "at least one layer"),
+        (dict(n_intra_layers=0), "n_intra_layers"),
         (dict(n_fliters=8), "'n_fliters'"),
         (dict(min_low_hz=10), "'min_low_hz'"),  # of another filterbank family
+        (dict(kwargs=4), "'kwargs'"),
+        (dict(n_repeats=0), "n_repeats"),
+        (dict(stride=17), "stride"),
     ],
     ids=str,
 )
@@ -186,6 +191,40 @@ def test_models_travel_as_dictionary_and_file(model_class, tmp_path):
             assert torch.equal(twin.eval()(mixture), expected)
     assert copies[1].masker.checkpoint_activations and not copies[2].masker.checkpoint_activations
     assert conf["model_args"] == before
+
+
+def test_arguments_as_asteroid_and_numpy_have_them_can_be_stored(tmp_path, refused):
+    sizes = dict(SIZES, stride=None, hop_size=np.int64(5), dropout=np.float32(0.5), fb_name=FreeFB)
+    model = TinySepformer(np.int64(2), **sizes, fb_init="sinusoids", sample_rate=np.int64(8000))
+    assert model.decoder.stride == 8 and model.get_model_args()["stride"] == 8
+    model.save(tmp_path / "model.pth")
+    model.double().save_pretrained(tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["dtype"] == "float64"
+    for name in ("model.pth", "folder"):
+        twin = TinySepformer.from_pretrained(tmp_path / name)
+        assert twin.get_model_args() == {**model.get_model_args(), "fb_name": "FreeFB"}
+    with refused("mask_act is a type"):
+        small(mask_act=torch.nn.ReLU).save(tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
+
+
+def test_a_softmax_shares_the_mixture_out_among_the_sources():
+    model = small(n_src=3, mask_act="softmax")
+    masks = model.forward_masker(model.forward_encoder(torch.randn(1, 1, 800)))
+    torch.testing.assert_close(masks.sum(1), torch.ones(1, 16, 99))
+
+
+def test_classes_of_ones_own_are_made_and_loaded_as_theirs(refused):
+    class Mine(TinySepformer):
+        pass
+
+    mine = Mine.from_preset("tiny-sepformer-xs", **SIZES)
+    assert type(mine) is type(models.from_pretrained(mine.serialize())) is Mine
+    assert type(Mine.from_pretrained(small().serialize())) is Mine
+    with refused("'Sepformer', not Mine or TinySepformer"):
+        Mine.from_pretrained(small(Sepformer).serialize())
+    with refused("of Sepformer, not of Mine"):
+        Mine.from_preset("sepformer")
 
 
 def test_the_stored_arguments_cannot_be_changed_from_outside():
