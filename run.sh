@@ -65,7 +65,8 @@ for ((i = 0; i < ${#settings[@]}; i += 2)); do
   grep -qh "^  ${settings[i]#--}:" "$root/local/conf.yml" "$recipe_conf" ||
     fail "there is no option ${settings[i]}; ./run.sh --help lists them"
 done
-case $tag in */* | .*) fail "--tag '$tag' must be a plain name" ;; esac
+case $tag in */* | .* | *::*) fail "--tag '$tag' must be a plain name" ;; esac
+[ ${#tag} -le 60 ] || fail "--tag must be a name of at most 60 characters"
 [ -n "$stop_stage" ] || stop_stage=$((stage > 3 ? stage : 3))
 [ "$stage" -le "$stop_stage" ] || fail "--stop_stage $stop_stage comes before --stage $stage"
 [ "$stage" -ne 5 ] || tag=${tag:-benchmark}  # which is no run of a model

@@ -241,6 +241,21 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     return settings
 
 
+def per_process(conf):
+    """Mixtures of a batch that each process takes.
+
+    Raises:
+        UserError: If the batch cannot be shared out evenly.
+    """
+    processes = conf["devices"] * conf["num_nodes"]
+    if conf["batch_size"] % processes:
+        raise UserError(
+            f"a batch_size of {conf['batch_size']} cannot be shared out to {processes} processes; "
+            "take a multiple"
+        )
+    return conf["batch_size"] // processes
+
+
 def open_run(description):
     """For stage scripts: the run folder that the command line names, and its settings."""
     parser = argparse.ArgumentParser(description=description)

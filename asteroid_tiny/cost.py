@@ -30,8 +30,8 @@ def training_cost(exp_dir, settings, model):
         f"Trained for {done['steps']} steps on {hours:.1f} h of mixtures ({done['device']}).",
         f"On a GPU, give it a larger model and {FULL_HOURS} h of mixtures (such as --preset "
         "tiny-sepformer-s --segment 4",
-        f"--steps {FULL_HOURS * 3600 // 64} --batch_size 16), at {GPU_FLOPS / 1e12:.0f} TFLOP/s "
-        "sustained (assumed, not measured):",
+        f"--steps {FULL_HOURS * 3600 // 64} --batch_size 16 --cooldown_steps 40000), at "
+        f"{GPU_FLOPS / 1e12:.0f} TFLOP/s sustained (assumed, not measured):",
     ]
     for name, model in models.items():
         macs = count_macs(model)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -46,6 +47,28 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):  # there is none, or its folder is none
             part.unlink()
+
+
+@contextlib.contextmanager
+def alone(folder, does):
+    """Keeps other processes out that ask for the same, until the block or this process ends.
+
+    Args:
+        folder (str or Path): A folder that exists. A file ``.lock`` stays in it.
+        does (str): What the process does there, for the error.
+
+    Raises:
+        UserError: If another process is at it.
+    """
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which processes forked do not share
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"another process {does} in {folder}; wait for its end, or stop it"
+                ) from None  # else the file system has no locks
+        yield
 
 
 def make_folder(path):

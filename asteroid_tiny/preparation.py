@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from pathlib import Path
 
-from .config import recipe_folder
+from .config import per_process, recipe_folder
 from .data import (
     MixtureList,
     NoiseDir,
@@ -35,14 +35,28 @@ LISTS_BY = ("eval_segment", "valid_seed", "test_seed")
 TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "turns", "level_spread", "colour")
 
 
-def refuse_without_effect(settings, defaults, given):
-    """Raises a `UserError` if an option changes nothing, such as where a corpus has own mixtures.
+def check_options(settings, defaults, given):
+    """Refuses what cannot be done, and options that change nothing.
 
     Args:
         settings (dict): The recipe's defaults merged with the options.
         defaults (dict): Of the recipe.
         given (dict): The options.
+
+    Raises:
+        UserError: If there is such an option.
     """
+    per_process(settings)
+    if settings["corpus"] in LISTED:
+        LISTED[settings["corpus"]].check_options(settings)
+    elif not settings["dynamic_mixing"]:
+        raise UserError(f"corpus {settings['corpus']} has no list; it needs dynamic_mixing true")
+    if "least_overlap" in given and defaults["least_overlap"] > settings["least_overlap"]:
+        if settings["least_overlap"] >= settings["overlap_ratio"]:
+            raise UserError(
+                f"--least_overlap {settings['least_overlap']:g} has no effect: overlap_ratio is "
+                f"{settings['overlap_ratio']:g}"
+            )
     if settings["noise_dir"] and not settings["noise"]:
         raise UserError("--noise_dir has no effect without --noise, the share of the mixtures")
     if settings["corpus"] not in LISTED:
@@ -98,6 +112,8 @@ def prepare_speech(exp_dir, settings):
     for group in LISTED[settings["corpus"]].DISJOINT if settings["corpus"] in LISTED else [SPLITS]:
         check_disjoint(**{split: splits[split] for split in group})
     for split, speech in splits.items():
+        if settings["corpus"] in LISTED:
+            LISTED[settings["corpus"]].check(speech, settings)
         check_speakers(speech, settings["n_src"])
         print(
             f"  {split:5}  {len(speech.by_speaker):4} speakers {len(speech.utterances):6} "
@@ -145,8 +161,6 @@ def make_lists(exp_dir, settings):
 
 def draw_split(exp_dir, settings, split):
     """The validation or test mixtures of a corpus that has no lists (list of Mixture)."""
-    if split == "train":
-        raise UserError(f"corpus {settings['corpus']} has no list; it needs dynamic_mixing true")
     return draw_list(
         open_split(exp_dir, settings, split),
         settings[f"n_{split}"],

@@ -17,6 +17,7 @@ A run lives in one folder::
 Each stage says what it did; one that is done already says that.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -29,7 +30,7 @@ import torch
 from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf, recipe_folder
 from .cost import training_cost
 from .errors import UserError
-from .files import whole_file
+from .files import alone, whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
 from .preparation import list_path, open_list, open_training
@@ -87,13 +88,20 @@ def without_foreign_start(settings, defaults, given):
 
 def train_model(exp_dir, settings):
     """Stage 2: trains the model, or continues to."""
-    from .training import say, train  # late: Lightning takes seconds to import
+    from pytorch_lightning.utilities import rank_zero_only  # late: it takes seconds to import
 
     exp_dir = Path(exp_dir)
     target = exp_dir / "best_model.pth"
     if target.exists():
         print(f"  done before: {target}")
         return
+    with alone(exp_dir, "trains") if rank_zero_only.rank == 0 else contextlib.nullcontext():
+        _train_model(exp_dir, settings, target)
+
+
+def _train_model(exp_dir, settings, target):
+    from .training import say, train
+
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
     if (exp_dir / "checkpoints" / "last.ckpt").exists():
@@ -127,7 +135,10 @@ def trained_model(exp_dir, settings):
     if not path.exists():
         raise UserError(f"{path} is missing; run stage 2 (to its end) first")
     model_class, _ = PRESETS[settings["preset"]]
-    return model_class.from_pretrained(path)
+    try:
+        return model_class.from_pretrained(path)
+    except UserError as error:
+        raise UserError(f"{error}. Delete it and run stage 2, which makes it again") from None
 
 
 def evaluate_model(exp_dir, settings):

@@ -28,6 +28,7 @@ from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
 from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
+from .config import per_process
 from .data import (
     DynamicMixtures,
     EpochSampler,
@@ -191,6 +192,11 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         told = ", ".join(f"{key} {value}" for key, value in changed.items())
         say(f"  for whole epochs and the whole schedule: {told}")
     conf = whole
+    if conf["hold_steps"] >= conf["steps"] and not conf["cooldown_steps"]:
+        say(
+            f"  note: the learning rate never falls: hold_steps {conf['hold_steps']} is not below "
+            f"steps {conf['steps']}, and cooldown_steps is 0"
+        )
     system = build_system(model, train_speech, valid_set, conf)
     best = checkpoints(exp_dir, "best", monitor="val_loss")
     average = [EMAWeightAveraging(decay=conf["average"])] if conf["average"] else []
@@ -199,7 +205,13 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     fit(trainer, system, exp_dir)
     if not trainer.is_global_zero:
         return None
-    weights = load_weights_only(best.best_model_path)["state_dict"]
+    try:
+        weights = load_weights_only(best.best_model_path)["state_dict"]
+    except UserError as error:
+        raise UserError(
+            f"{error}. Without it there is no best model; to train anew, delete "
+            f"{exp_dir / 'checkpoints'}"
+        ) from None
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
 
@@ -313,21 +325,6 @@ def fit(trainer, system, exp_dir):
             "another process of the training ended; the same command continues from the last "
             "checkpoint"
         ) from error
-
-
-def per_process(conf):
-    """Mixtures of a batch that each process takes.
-
-    Raises:
-        UserError: If the batch cannot be shared out evenly.
-    """
-    processes = conf["devices"] * conf["num_nodes"]
-    if conf["batch_size"] % processes:
-        raise UserError(
-            f"a batch_size of {conf['batch_size']} cannot be shared out to {processes} processes; "
-            "take a multiple"
-        )
-    return conf["batch_size"] // processes
 
 
 def strategy(conf):

@@ -27,7 +27,7 @@ def main(recipe, tag, *options):
         if here.exists() or (key != "init_from" and not in_recipe.exists()):
             given[key] = str(here)
     settings = merge(defaults, given, "options")
-    from asteroid_tiny.preparation import refuse_without_effect  # late: they need torch
+    from asteroid_tiny.preparation import check_options  # late: they need torch
     from asteroid_tiny.recipe import build_model, without_foreign_start
 
     rate = f"{settings['sample_rate'] / 1000:g}k"
@@ -35,7 +35,7 @@ def main(recipe, tag, *options):
     exp_dir = recipe_dir / "exp" / tag
     begun = read_conf(exp_dir / "conf.yml") if (exp_dir / "conf.yml").exists() else {}
     of_run = {**settings, **begun, **{key: settings[key] for key in given}}
-    refuse_without_effect(of_run, defaults, given)
+    check_options(of_run, defaults, given)
     build_model(settings)
     settings = without_foreign_start(settings, defaults, given)
     begin_run(exp_dir, settings, given)

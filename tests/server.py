@@ -9,6 +9,8 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+DATE = "Sun, 29 Nov 2026 12:00:00 GMT"
+
 
 @contextlib.contextmanager
 def serving(handler, **attributes):
@@ -29,8 +31,8 @@ class FileHandler(BaseHTTPRequestHandler):
     """Serves `server.files` with ETags and ranges.
 
     `server.drops` is a list of how many bytes the next answers send before the connection drops;
-    `server.quirks` may hold "no etag", "no range", "no size"; `server.asked` notes the headers of
-    all requests.
+    `server.quirks` may hold "no etag", "weak etag", "one etag" (whatever the content), "no range",
+    "wrong range", "no size"; `server.asked` notes the headers of all requests.
     """
 
     def do_GET(self):
@@ -40,9 +42,14 @@ class FileHandler(BaseHTTPRequestHandler):
         if not isinstance(content, bytes):
             return self.send_error(content or 404)
         etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        if "one etag" in server.quirks:
+            etag = '"same"'
+        validators = (etag, DATE) if "weak etag" in server.quirks else (etag,)
         begin = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        if self.headers.get("If-Range", etag) != etag or "no range" in server.quirks:
+        if self.headers.get("If-Range", etag) not in validators or "no range" in server.quirks:
             begin = 0
+        if begin and "wrong range" in server.quirks:
+            begin -= 1
         if begin and begin >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -51,7 +58,10 @@ class FileHandler(BaseHTTPRequestHandler):
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        if "no etag" not in server.quirks:
+        if "weak etag" in server.quirks:
+            self.send_header("ETag", f"W/{etag}")
+            self.send_header("Last-Modified", DATE)
+        elif "no etag" not in server.quirks:
             self.send_header("ETag", etag)
         if "no size" not in server.quirks:
             self.send_header("Content-Length", str(len(content) - begin))

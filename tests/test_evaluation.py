@@ -19,7 +19,7 @@ import torch
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.evaluation import evaluate, measure
 from asteroid_tiny.report import write_report
-from asteroid_tiny.summary import METRICS, format_table, summarise
+from asteroid_tiny.summary import METRICS, format_table, mean_interval, summarise
 
 TEST_SPEECH = Path(__file__).parent.parent / "egs/minispeech/TinySepformer/data/test"
 
@@ -90,6 +90,7 @@ class Oracle(torch.nn.Module):
             self.known[len(sources[0])] = sources.flip(0) + level * noise
 
     def forward(self, mixture):
+        assert not self.training
         return self.gain * self.known[mixture.shape[1]][None]
 
 
@@ -132,7 +133,7 @@ def done(dataset, tmp_path_factory):
 
 def test_swapped_sources_are_matched_and_the_numbers_agree_with_the_formula(dataset, done):
     table = pd.read_csv(done[0] / "metrics.csv")
-    oracle = Oracle(dataset)
+    oracle = Oracle(dataset).eval()
     assert table.mixture_id.tolist() == [f"mix/{i}" for i in range(len(dataset))]
     for i, row in table.iterrows():
         mixture, sources = dataset[i]
@@ -400,6 +401,18 @@ def test_intervals_hold_the_mean_repeat_and_narrow_with_more_pairs():
         assert found["low"] < found["mean"] < found["high"]
         widths.append(found["high"] - found["low"])
     assert widths == sorted(widths, reverse=True)
+
+
+def test_an_interval_is_of_95_percent():
+    values = np.random.default_rng(0).normal(size=400)
+    _, low, high = mean_interval(list(values), [(f"a{i}", f"b{i}") for i in range(400)])
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.07)
+
+
+def test_an_interval_is_of_the_mean_of_mixtures_however_many_a_pair_has():
+    speakers = [("a", "b")] * 200 + [(f"c{i}", f"d{i}") for i in range(5)]
+    mean, low, high = mean_interval([10.0] * 200 + [0.0] * 5, speakers)
+    assert mean == pytest.approx(9.76, abs=0.01) and low <= mean <= high
 
 
 def test_more_mixtures_of_the_same_pairs_do_not_narrow_the_interval():

@@ -3,11 +3,13 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from asteroid_tiny.files import whole_file, whole_folder
+from asteroid_tiny.files import alone, whole_file, whole_folder
 
 OLD, NEW = "the old content\n", "the new content\n"
 
@@ -193,3 +195,16 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path)
         write_folder(part, NEW)
     assert read_folder(target) == NEW
     assert names(tmp_path) == ["notes"]
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, refused):
+    code = "import sys; from asteroid_tiny.files import alone\n"
+    code += "with alone(sys.argv[1], 'trains'): print('in', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"in\n"
+        with refused("another process trains in", tmp_path), alone(tmp_path, "trains"):
+            pass
+        first.kill()
+    with alone(tmp_path, "trains"):
+        pass

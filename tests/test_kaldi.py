@@ -218,6 +218,15 @@ def test_the_asked_rate_is_checked(make_dir, refused):
         SpeechDir(folder, 16000)
 
 
+def test_lower_and_mixed_rates_are_not_converted(make_dir, refused):
+    folder = make_dir({"anna": NOISE, "ben": NOISE})
+    with refused("has 8000 Hz where"):
+        SpeechDir(folder, 16000, convert=True)
+    sf.write(next(folder.rglob("ben.wav")), NOISE, 2 * RATE)
+    with refused(folder, "Hz"):
+        SpeechDir(folder, RATE, convert=True)
+
+
 @pytest.mark.parametrize(
     "rate, channels, words", [(16000, 1, "has 16000 Hz where 8000 Hz"), (RATE, 2, "2 channels")]
 )

@@ -262,6 +262,7 @@ def test_a_generated_librimix_serves_as_well(corpus, prepared, tmp_path, capsys,
         ({"metadata_dir": "/none"}, "libri2mix_train-clean-100.csv cannot be read"),
         ({"librimix_dir": "/none"}, "mixture_train-100_mix_clean.csv cannot be read"),
         ({"wham_dir": "/none"}, "wham_dir has no effect with task sep_clean"),
+        ({"librimix_dir": "/a", "metadata_dir": "/b"}, "metadata_dir has no effect with"),
         ({"task": "sep_noisy", "dynamic_mixing": True}, "sep_noisy needs dynamic_mixing false"),
     ],
     ids=str,
@@ -398,7 +399,7 @@ def test_librispeech_is_fetched_over_a_connection_that_drops(corpus, served, fet
         found = folder / "LibriSpeech" / path.relative_to(corpus / "LibriSpeech")
         assert found.read_bytes() == path.read_bytes()
     there = {path.name for path in (folder / "LibriSpeech").iterdir()}
-    assert there == {*PARTS.values(), "SPEAKERS.TXT"}, "no archive stays"
+    assert there == {*PARTS.values(), "SPEAKERS.TXT", ".lock"}, "no archive stays"
     said = capsys.readouterr().out
     assert "to fetch: train-clean-100, dev-clean, test-clean" in said and "space needed" in said
     n_asked = len(server.asked)
@@ -440,3 +441,18 @@ def test_too_little_space_is_said_before_anything_is_fetched(
     with refused("GB free where 1000000000.0 GB are needed"):
         fetching(server)
     assert not server.asked
+
+
+def test_after_an_interruption_space_is_asked_for_the_rest_alone(served, tmp_path, monkeypatch):
+    server, place = served(), tmp_path / "LibriSpeech"
+    archive = server.folder / "dev-clean.tar.gz"
+    size = archive.stat().st_size
+    wanted = {place / "dev-clean": librimix.ARCHIVES["dev-clean"]._replace(size=size / 1e9)}
+    for part in (place / ".dev-clean.tar.gz.part", place / ".unpacking-dev-clean" / "a.flac"):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(archive.read_bytes()[: size // 2])
+    free = size // 2 + 1 + 2_000_000  # for the other half, and what is unpacked
+    usage = shutil.disk_usage(place)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    librimix.fetch_archives(wanted, server.url)
+    assert {path.name for path in place.iterdir()} == {"dev-clean", "SPEAKERS.TXT", ".lock"}

@@ -69,6 +69,18 @@ def test_a_short_recording_is_one_block_unless_it_is_a_stream(talk):
     assert lengths(streamed, 6 * RATE) == [2 * RATE] * 5
 
 
+def test_blocks_that_differ_join_without_a_step(talk):
+    class Constant(Shares):
+        def forward(self, mixtures):
+            self.batches += [0] * len(mixtures)
+            return torch.full((len(mixtures), 1, mixtures.shape[1]), float(len(self.batches)))
+
+    options = dict(block=2.0, overlap=1.0, mixture_consistency=False)
+    found = np.concatenate(list(separate_stream(Constant(1.0), [talk], **options)), axis=1)[0]
+    assert len(found) == len(talk) and found[0] == 1 and found[-1] > 20
+    assert np.abs(np.diff(found)).max() < 1e-3
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.77, 1.0, 1.9])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size):

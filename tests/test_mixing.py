@@ -161,6 +161,22 @@ def test_refused_lists(valid_speech, tmp_path, refused, case):
         read_list(path, valid_speech)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_source_may_end_with_its_utterance_and_not_behind_it(
+    valid_speech, tmp_path, refused, more
+):
+    (mixture,) = draw_list(valid_speech, 1, 2, 4000, seed=8)
+    first, second = mixture.sources
+    start = valid_speech.utterances[first.utterance].length - first.length + more
+    moved = mixture._replace(sources=(first._replace(start=start), second))
+    write_list(tmp_path / "list.csv", [moved], RATE)
+    if not more:
+        assert read_list(tmp_path / "list.csv", valid_speech) == [moved]
+        return
+    with refused("does not have that much of utterance", first.utterance):
+        read_list(tmp_path / "list.csv", valid_speech)
+
+
 def test_a_missing_list_is_refused(valid_speech, tmp_path, refused):
     with refused(tmp_path / "no.csv", "No such file"):
         MixtureList(valid_speech, tmp_path / "no.csv")
@@ -381,3 +397,20 @@ def test_a_conversation_of_an_instant_has_a_turn(valid_speech):
     drawn = draw_turns(valid_speech, RNG, list(valid_speech.by_speaker)[:2], 800)
     _, sources = render_turns(valid_speech, drawn)
     assert sorted(source.any().item() for source in sources) == [False, True]
+
+
+def test_turns_have_the_speed_level_and_spread_that_are_asked_for(make_dir):
+    hums = SpeechDir(make_dir({f"s{i}": tone(500) for i in range(2)}))
+    rng, gaps = np.random.default_rng(0), []
+    for _ in range(10):
+        drawn = draw_turns(hums, rng, ["s0", "s1"], 20 * RATE, 6.0, speeds=(80,), level=-40.0)
+        _, sources = render_turns(hums, drawn)
+        levels = []
+        for samples, own in zip(sources, drawn):
+            turn = max(own.sources, key=lambda turn: turn.length)
+            heard = samples[turn.offset :][: RATE // 2]
+            assert peak_frequency(heard) == pytest.approx(400, abs=3)
+            levels.append(level(heard))
+        assert max(levels) == pytest.approx(-40, abs=0.5)
+        gaps.append(max(levels) - min(levels))
+    assert max(gaps) > 2 and max(gaps) < 6.5

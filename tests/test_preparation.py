@@ -11,7 +11,7 @@ from recipes import ROOT, few_minutes, settings_of
 
 from asteroid_tiny import evaluation
 from asteroid_tiny.config import merge
-from asteroid_tiny.preparation import make_lists, prepare_speech, refuse_without_effect
+from asteroid_tiny.preparation import check_options, make_lists, prepare_speech
 from asteroid_tiny.recipe import compare_packaged, recipe_defaults
 
 
@@ -77,20 +77,26 @@ def test_options_that_name_nothing_are_refused(option, words):
         ("librimix", {"turns": 0.5}, ("--turns", "its own training")),
         ("wsj0-mix", {"eval_segment": 2.0}, ("--eval_segment", "its own validation and test")),
         ("wsj0-mix", {"valid_seed": 101}, None),  # as it is
+        ("wsj0-mix", {"mode": "Max"}, ("mode must be min or max",)),
+        ("wsj0-mix", {"sample_rate": 8}, ("sample_rate must be 8000 or 16000", "WSJ0-mix")),
+        ("librimix", {"subset": "train-clean-100"}, ("subset must be train-100",)),
+        ("minispeech", {"dynamic_mixing": False}, ("needs dynamic_mixing true",)),
+        ("minispeech", {"batch_size": 3, "devices": 2}, ("cannot be shared out",)),
+        ("wsj0-mix", {"least_overlap": 0.9, "overlap_ratio": 0.2}, ("--least_overlap 0.9",)),
         ("librimix", {"silent_sources": 0.1, "reverb": 0.5, "noise": 0.5}, None),
         ("minispeech", {"eval_segment": 2.0, "colour": 3.0}, None),
         ("minispeech", {"noise_dir": "noises"}, ("--noise_dir", "without --noise")),
         ("minispeech", {"noise_dir": "noises", "noise": 0.5}, None),
     ],
 )
-def test_options_that_change_nothing_are_refused(corpus, given, words, refused):
+def test_options_that_change_nothing_or_do_not_fit_are_refused(corpus, given, words, refused):
     defaults = settings_of(corpus)
     settings = merge(defaults, given, "test")
     if words is None:
-        refuse_without_effect(settings, defaults, given)
+        check_options(settings, defaults, given)
         return
     with refused(*words):
-        refuse_without_effect(settings, defaults, given)
+        check_options(settings, defaults, given)
 
 
 def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(recipe, monkeypatch, capsys):

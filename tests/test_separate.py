@@ -42,6 +42,17 @@ def test_a_folder_is_separated_once_and_again_only_by_force(separate, talks, tmp
     assert status == 0 and contents(out) == before
 
 
+def test_without_mixture_consistency_files_are_the_models(separate, talks, tmp_path):
+    path = sorted(talks.iterdir())[0]
+    errors = []
+    for options in ((), ("--no-mixture-consistency", "--force")):
+        status, *_ = separate(path, *options)
+        assert status == 0
+        tracks = [sf.read(tmp_path / "out" / f"{path.stem}_est{k}.wav")[0] for k in (1, 2)]
+        errors.append(np.abs(sum(tracks) - sf.read(path)[0]).max())
+    assert errors[0] < 1e-3 < errors[1]
+
+
 def test_one_bad_file_is_named_and_the_others_are_done(separate, talks, tmp_path):
     (talks / "broken.wav").write_bytes(b"RIFF no sound at all")
     sf.write(talks / "empty.wav", np.zeros(0), 8000)

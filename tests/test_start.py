@@ -134,9 +134,7 @@ def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agree
         (dict(sample_rate=8000, n_heads=8), ("n_heads 4, not 8",)),
     ],
 )
-def test_weights_that_would_not_mean_the_same_are_refused(
-    frames, words, make_run, refused
-):
+def test_weights_that_would_not_mean_the_same_are_refused(frames, words, make_run, refused):
     model = build_model({**make_run()[1], "sample_rate": 16000, **frames})
     with refused(PACKAGED, *words):
         copy_weights(model, PACKAGED)

@@ -112,6 +112,16 @@ def test_noise_is_added_to_a_share_of_the_training_mixtures(valid_speech):
     assert SNR[0] - 0.01 < min(ratios) and max(ratios) < SNR[1] + 0.01
 
 
+class Repeated:
+    """The first mixture of a list at every place."""
+
+    def __init__(self, listed):
+        self.listed, self.sample_rate = listed, listed.sample_rate
+
+    def __getitem__(self, index):
+        return self.listed[0]
+
+
 @pytest.mark.parametrize("reverb", [False, True])
 @pytest.mark.parametrize("snr", [None, 5.0])
 def test_each_mixture_of_a_list_has_surroundings_of_its_own(valid_speech, tmp_path, reverb, snr):
@@ -120,6 +130,9 @@ def test_each_mixture_of_a_list_has_surroundings_of_its_own(valid_speech, tmp_pa
     here, there = (InSurroundings(listed, seed, reverb, snr) for seed in (1, 2))
     assert len(here) == 3 and here.sample_rate == RATE
     assert here.describe(1) == listed.describe(1)
+    twice = Repeated(listed)
+    pair = [InSurroundings(twice, 1, reverb, snr)[i][0] for i in (0, 1)]
+    assert torch.equal(*pair) == (not reverb and snr is None), "each a place of its own"
     for i in range(3):
         mixture, sources = here[i]
         assert torch.equal(mixture, here[i][0])
@@ -182,3 +195,17 @@ def test_folders_without_noise_and_broken_recordings_are_refused(tmp_path, recor
     (recordings / "no.wav").write_bytes(b"RIFF no sound at all")
     with refused("no.wav cannot be read as audio"):
         RecordedNoise(recordings)
+
+
+def test_noise_is_of_any_place_in_a_recording_and_what_is_empty_is_left_out(tmp_path):
+    sf.write(tmp_path / "two.wav", np.concatenate([tone(500), tone(1000)]), RATE)
+    sf.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    noise, rng = RecordedNoise(tmp_path), np.random.default_rng(0)
+    drawn = [noise.draw(4000, rng, RATE) for _ in range(30)]
+    assert {500, 1000} <= {round(peak_frequency(samples), -1) for samples in drawn}
+
+
+def test_noise_that_is_no_number_is_refused(tmp_path, refused):
+    sf.write(tmp_path / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    with refused("nan.wav", "NaN"):
+        RecordedNoise(tmp_path).draw(4000, np.random.default_rng(0), RATE)

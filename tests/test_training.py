@@ -1,5 +1,6 @@
 """Training on real speech: loss, schedule, checkpoints, and what goes wrong."""
 
+import csv
 import errno
 import math
 import os
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import soundfile as sf
 import torch
+from sounds import RATE, peak_frequency, tone
 
 from asteroid_tiny import TinySepformer, UserError, training
 from asteroid_tiny.config import read_conf
@@ -171,6 +174,42 @@ def test_settings_of_the_mixtures_reach_them(speech, other):
     assert mixture.shape != changed.shape or not torch.equal(mixture, changed)
 
 
+def test_settings_of_the_mixtures_of_a_list_reach_them(speech, valid):
+    for other in (dict(silent_sources=1.0), dict(reverb=1.0), dict(noise=1.0)):
+        mixture, changed = (
+            training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | other)
+        )
+        assert not torch.equal(mixture, changed)
+
+
+def test_recorded_noise_reaches_the_mixtures(speech, tmp_path):
+    sf.write(tmp_path / "hum.wav", tone(1000), RATE)
+    conf = CONF | dict(noise=1.0, noise_dir=str(tmp_path), colour=0.0)
+    mixture, sources = training.training_loader(speech, conf).dataset[0]
+    assert peak_frequency(mixture - sources.sum(0)) == pytest.approx(1000, abs=2)
+
+
+def test_settings_of_the_training_reach_it(model, speech, valid, tmp_path):
+    told = dict(lr=0.02, weight_decay=0.03, grad_clip=4.0, warmup_steps=0, patience=7)
+    told |= dict(cooldown_steps=6, hold_steps=5)
+    system = training.build_system(model, speech, valid, CONF | told)
+    (group,), schedule = system.optimizer.param_groups, system.scheduler["scheduler"]
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.03)
+    found = (schedule.warmup_steps, schedule.cooldown_steps, schedule.patience, schedule.hold_steps)
+    assert found == (0, 6, 7, 5) and schedule.total_steps == CONF["steps"]
+    trainer = training.build_trainer(tmp_path, CONF | told, [], max_epochs=1)
+    assert trainer.gradient_clip_val == 4.0
+
+
+def test_the_schedule_hears_of_every_validation(model, speech, valid, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(Schedule, "observe", lambda self, loss: heard.append(float(loss)))
+    train(model, speech, valid, tmp_path, CONF)
+    rows = csv.DictReader(next((tmp_path / "logs").glob("*/metrics.csv")).open())
+    logged = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert heard == pytest.approx(logged, abs=1e-4) and len(heard) == 4
+
+
 def test_the_schedule_rises_halves_on_plateau_and_falls():
     schedule = Schedule(an_optimizer(), 20, warmup_steps=4, cooldown_steps=4, patience=1)
     found = rates(schedule, 20, val_losses=[-1, -2, -1, -1.5, -3, -2, -1, -1, -1, -1])
@@ -178,6 +217,11 @@ def test_the_schedule_rises_halves_on_plateau_and_falls():
     assert found[4:9] == [1.0] * 5 and found[9:15] == [0.5] * 6  # -1 and -1.5 are no better than -2
     assert found[15] == 0.25  # nor are -2 and -1 than -3
     assert found[16:] == pytest.approx([0.25, 0.1875, 0.125, 0.03125])  # falls, once more halved
+
+
+def test_a_better_loss_is_the_end_of_a_plateau():
+    schedule = Schedule(an_optimizer(), 20, patience=1)
+    assert rates(schedule, 9, val_losses=[-2, -1, -3, -2.5])[-1] == 1.0
 
 
 def test_the_schedule_goes_on_from_its_state():
@@ -282,7 +326,16 @@ def test_a_short_training_reaches_its_learning_rate_and_says_what_it_changed(
 ):
     train(model, speech, valid, tmp_path, {**CONF, "steps": 5, "cooldown_steps": 10})
     told = "for whole epochs and the whole schedule: steps 4, warmup_steps 0, cooldown_steps 3"
-    assert told in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert told in said and "never falls" not in said
+    train(
+        model,
+        speech,
+        valid,
+        tmp_path / "flat",
+        {**CONF, "steps": 2, "hold_steps": 2, "cooldown_steps": 0},
+    )
+    assert "note: the learning rate never falls: hold_steps 2" in capsys.readouterr().out
 
 
 class Weights(pl.Callback):
@@ -363,6 +416,22 @@ def test_a_broken_checkpoint_is_named(model, speech, valid, tmp_path):
     last.write_bytes(last.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"last\.ckpt is broken.*delete it"):
         train(model, speech, valid, tmp_path, CONF)
+
+
+def test_a_broken_best_checkpoint_is_named_with_a_way_on(
+    model, speech, valid, tmp_path, monkeypatch
+):
+    fit = training.fit
+
+    def break_it(*args):
+        fit(*args)
+        (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"PK")
+
+    monkeypatch.setattr(training, "fit", break_it)
+    with pytest.raises(
+        UserError, match=r"best\.ckpt is broken.*to train anew, delete .*checkpoints"
+    ):
+        train(model, speech, valid, tmp_path, {**CONF, "steps": 2})
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(model, speech, valid, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import soundfile as sf
 from recipes import prepare, run_stages, settings_of
 
-from asteroid_tiny.data import DynamicMixtures, SpeechDir, wsj0mix
+from asteroid_tiny.data import DynamicMixtures, SpeechDir, mixed, wsj0mix
 from asteroid_tiny.preparation import open_list, open_split
 from asteroid_tiny.recipe import train_model
 
@@ -130,6 +130,32 @@ def test_mixtures_that_are_not_sums_are_reported(copy, prepared, capsys):
     prepared(speech=str(copy))
     said = capsys.readouterr().out
     assert said.count("steps of 16 bits from the sums") == 1 and "tt/mix" in said
+
+
+@pytest.mark.parametrize("part, track", [("tr", "s1"), ("cv", "mix"), ("tt", "s2")])
+def test_a_file_that_is_cut_short_is_refused(copy, prepared, refused, part, track):
+    folder = copy / "2speakers" / "wav8k" / "min" / part
+    path = sorted((folder / track).glob("*"))[-1]
+    path.write_bytes(path.read_bytes()[:9000])
+    with refused(path.name, "cut short"):
+        prepared(speech=str(copy))
+
+
+def test_a_source_is_as_long_as_the_others_where_sums_are_not_compared(
+    copy, prepared, refused, monkeypatch
+):
+    monkeypatch.setattr(mixed, "check_sums", lambda *_: 0)
+    path = sorted((copy / "2speakers" / "wav8k" / "min" / "tr" / "s2").glob("*"))[0]
+    path.write_bytes(path.read_bytes()[:9000])
+    with refused(path, "4478 samples", "there are 8001"):
+        prepared(speech=str(copy))
+
+
+def test_what_a_mac_leaves_beside_each_file_is_no_mixture(copy, prepared):
+    for path in list(copy.rglob("*.wav")):
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    exp_dir, settings = prepared(speech=str(copy))
+    assert len(open_list(exp_dir, settings, "test")) == 2
 
 
 def test_a_missing_source_is_named(copy, prepared, refused):

@@ -15,7 +15,6 @@ import math
 import re
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 from ..download import fetch
 from ..errors import UserError
-from ..files import files_below, make_folder, reason, whole_file
+from ..files import alone, files_below, make_folder, reason, whole_file
 from . import mixed
 from .kaldi import NoiseDir, write_dir
 from .mixing import Mixture, Source
@@ -83,7 +82,7 @@ def prepare(source, target, settings):
     Raises:
         UserError: If something is missing or broken, or an option is.
     """
-    _check(settings)
+    check_options(settings)
     if settings["librimix_dir"]:
         for split in PARTS:
             _prepare_generated(split, target, settings)
@@ -129,6 +128,12 @@ def read_genders(folder):
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     fields = [line.split("|") for line in lines if not line.startswith(";")]
     return {f[0].strip(): f[1].strip().lower() for f in fields if len(f) > 2}
+
+
+def check(speech, settings):
+    """See `mixed.check_lengths`, of a generated LibriMix."""
+    if settings["librimix_dir"]:
+        mixed.check_lengths(speech)
 
 
 def mixtures(split, speech, noise, settings):
@@ -280,18 +285,17 @@ def speakers_of(name):
     return [utterance.split("-")[0] for utterance in name.split("_")]
 
 
-def _check(settings):
-    allowed = {
-        "task": tuple(MIXES),
-        "subset": ("train-100", "train-360"),
-        "mode": ("min", "max"),
-        "sample_rate": (8000, 16000),
-        "n_src": (2, 3),
-    }
-    for key, values in allowed.items():
-        if settings[key] not in values:
-            there = " or ".join(map(str, values))
-            raise UserError(f"{key} must be {there} for LibriMix, not {settings[key]}")
+def check_options(settings):
+    """Refuses options that LibriMix does not have, or that contradict each other.
+
+    Raises:
+        UserError: If there is one.
+    """
+    values = dict(task=tuple(MIXES), subset=("train-100", "train-360"), mode=("min", "max"))
+    mixed.check_values(settings, "LibriMix", **values, **mixed.BOTH)
+    for key in ("librispeech_dir", "metadata_dir", "wham_dir") if settings["librimix_dir"] else ():
+        if settings[key]:
+            raise UserError(f"{key} has no effect with librimix_dir, which is made of them")
     if settings["task"] == "sep_noisy" and settings["dynamic_mixing"]:
         raise UserError("task sep_noisy needs dynamic_mixing false: what is drawn has no noise")
     if settings["task"] != "sep_noisy" and settings["wham_dir"]:
@@ -345,10 +349,19 @@ def fetch_archives(wanted, librispeech_url):
         return
     place = next(iter(wanted)).parent
     make_folder(place)
+    with alone(place, "fetches speech"):
+        _fetch_archives(place, wanted, librispeech_url)
+
+
+def _fetch_archives(place, wanted, librispeech_url):
+    for folder in wanted:  # of an unpacking that was killed
+        shutil.rmtree(_unpacking(folder), ignore_errors=True)
     size = sum(archive.size for archive in wanted.values())
     space = sum(archive.unpacked for archive in wanted.values()) + max(
         archive.size for archive in wanted.values()
     )
+    there = [_arrived(folder, archive) for folder, archive in wanted.items()]
+    size, space = size - sum(there), space - sum(there)
     free = shutil.disk_usage(place).free / 1e9
     print(f"  to fetch: {', '.join(folder.name for folder in wanted)}, {size:.1f} GB in all")
     print(f"  space needed in {place}: {space:.1f} GB while unpacking; {free:.1f} GB are free")
@@ -356,10 +369,27 @@ def fetch_archives(wanted, librispeech_url):
         raise UserError(f"{place} has {free:.1f} GB free where {space:.1f} GB are needed")
     for folder, archive in wanted.items():
         url = archive.url if "://" in archive.url else f"{librispeech_url}/{archive.url}"
-        path = fetch(url, folder.parent / url.rpartition("/")[2], md5=archive.md5)
+        path = fetch(url, _place(folder, archive), md5=archive.md5)
         print(f"  unpacking {path.name}", flush=True)
         unpack(path, folder)
         path.unlink()
+
+
+def _place(folder, archive):
+    """Where the archive lies until it is unpacked."""
+    return folder.parent / archive.url.rpartition("/")[2]
+
+
+def _arrived(folder, archive):
+    """GB of the archive that are there from before."""
+    path = _place(folder, archive)
+    files = (path, path.with_name(f".{path.name}.part"))
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e9
+
+
+def _unpacking(folder):
+    """Where the archive is unpacked."""
+    return folder.with_name(f".unpacking-{folder.name}")
 
 
 def unpack(path, folder):
@@ -367,18 +397,20 @@ def unpack(path, folder):
 
     Text files beside it, such as SPEAKERS.TXT, are kept as well.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as part:
-        try:
-            shutil.unpack_archive(path, part)
-        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-            if getattr(error, "errno", None):  # of the disk, not of the archive
-                raise UserError(f"{path} could not be unpacked: {reason(error)}") from None
-            raise UserError(
-                f"{path} could not be unpacked ({error}); delete it to fetch it again"
-            ) from None
-        found = next((f for f in Path(part).rglob(folder.name) if f.is_dir()), None)
+    part = _unpacking(folder)
+    try:
+        shutil.unpack_archive(path, part)
+        found = next((f for f in part.rglob(folder.name) if f.is_dir()), None)
         if found is None:
             raise UserError(f"{path} holds no folder {folder.name}; delete it to fetch it again")
         for text in found.parent.glob("*.TXT"):
             shutil.copy(text, folder.parent)
         found.rename(folder)
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        if getattr(error, "errno", None):  # of the disk, not of the archive
+            raise UserError(f"{path} could not be unpacked: {reason(error)}") from None
+        raise UserError(
+            f"{path} could not be unpacked ({error}); delete it to fetch it again"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

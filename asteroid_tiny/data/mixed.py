@@ -13,6 +13,25 @@ from .kaldi import NoiseDir, decode, write_dir
 from .mixing import Mixture, Source
 
 N_CHECKED = 20  # mixtures of a split whose sums are checked
+#: What the corpora are made for: sample rates and numbers of sources.
+BOTH = {"sample_rate": (8000, 16000), "n_src": (2, 3)}
+
+
+def check_values(settings, corpus, **allowed):
+    """Refuses settings with other values than those that a corpus has.
+
+    Args:
+        settings (dict): The settings.
+        corpus (str): Its name.
+        **allowed: Tuples of values, by setting.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for key, values in allowed.items():
+        if settings[key] not in values:
+            there = " or ".join(map(str, values))
+            raise UserError(f"{key} must be {there} for {corpus}, not {settings[key]}")
 
 
 def write_split(root, target, names, speakers_of, spk2gender=None):
@@ -70,6 +89,21 @@ def mixtures(speech, noise=None):
     ]
 
 
+def check_lengths(speech):
+    """Refuses a data dir of `write_split` in which sources of a mixture differ in length.
+
+    Raises:
+        UserError: That names a file which is cut short.
+    """
+    for mixture in mixtures(speech):
+        shortest, *_, longest = sorted(mixture.sources, key=lambda source: source.length)
+        if shortest.length < longest.length:
+            raise UserError(
+                f"{speech.wavs[shortest.utterance]} has {shortest.length} samples, of another "
+                f"source of the mixture there are {longest.length}; it is cut short, or not padded"
+            )
+
+
 def whole(speech, key):
     """A whole utterance as it is (`Source`)."""
     return Source(key, 0, speech.utterances[key].length, 0, 0.0)
@@ -87,12 +121,20 @@ def check_sums(root, mix, names, parts):
     Returns:
         float: The largest difference, in steps of 16-bit quantisation. Rounding alone gives up to
         one for each part and one for the sum.
+
+    Raises:
+        UserError: If they differ in length.
     """
     worst = 0.0
     for name in names[:: max(1, len(names) // N_CHECKED)][:N_CHECKED]:
         tracks = [read(root / folder / f"{name}.wav") for folder in (mix, *parts)]
-        length = min(map(len, tracks))
-        mixture, *summands = (track[:length] for track in tracks)
+        lengths = sorted({len(track) for track in tracks})
+        if len(lengths) > 1:
+            raise UserError(
+                f"{root / mix / name}.wav and its {', '.join(parts)} have between {lengths[0]} and "
+                f"{lengths[-1]} samples; one of them is cut short"
+            )
+        mixture, *summands = tracks
         worst = max(worst, float(np.abs(mixture - sum(summands)).max()))
     return worst
 

@@ -18,6 +18,15 @@ OFFICIAL = {"train": 20000, "valid": 5000, "test": 3000}
 DISJOINT = ("train", "test"), ("valid", "test")
 
 
+def check_options(settings):
+    """Refuses options that WSJ0-mix does not have.
+
+    Raises:
+        UserError: If there is one.
+    """
+    mixed.check_values(settings, "WSJ0-mix", mode=("min", "max"), **mixed.BOTH)
+
+
 def prepare(source, target, settings):
     """Writes the data dirs train, valid and test, and says what differs from the official corpus.
 
@@ -29,11 +38,12 @@ def prepare(source, target, settings):
     Raises:
         UserError: If files are missing or have other names than WSJ0-mix's.
     """
+    check_options(settings)
     n_src = settings["n_src"]
     tree = f"{n_src}speakers/wav{settings['sample_rate'] // 1000}k/{settings['mode']}"
     for split, part in PARTS.items():
         root = source / tree / part
-        names = sorted(path.stem for path in (root / "s1").glob("*.wav"))
+        names = sorted(path.stem for path in (root / "s1").glob("[!.]*.wav"))
         if not names:
             raise UserError(
                 f"there is no wav file in {root / 's1'}; give the folder that holds "
@@ -56,6 +66,11 @@ def speakers_of(name, n_src):
     if len(fields) != 2 * n_src:
         raise UserError(f"{name}.wav is not named as WSJ0-mix names mixtures of {n_src} speakers")
     return [utterance[:3] for utterance in fields[::2]]
+
+
+def check(speech, settings):
+    """See `mixed.check_lengths`."""
+    mixed.check_lengths(speech)
 
 
 def mixtures(split, speech, noise, settings):
