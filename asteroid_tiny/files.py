@@ -60,7 +60,12 @@ def alone(folder, does):
     Raises:
         UserError: If another process is at it.
     """
-    with open(Path(folder) / ".lock", "w") as file:
+    path = Path(folder) / ".lock"
+    try:
+        file = open(path, "w")
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {reason(error)}") from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which processes forked do not share
         except OSError as error:

@@ -173,11 +173,16 @@ def rounding_db(model, signals=None):
     return float(torch.stack(ratios).min())
 
 
-def _si_sdr(estimate, target):
-    """The lowest SI-SDR in dB of the signals along the last dimension."""
-    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True)
-    error = estimate - scale * target
-    return 10 * torch.log10((scale * target).square().sum(-1) / error.square().sum(-1)).min()
+def _si_sdr(estimates, targets):
+    """The lowest SI-SDR in dB of the signals along the last dimension, but for what is silent
+    (80 dB below the loudest) in both."""
+    powers = torch.stack([estimates, targets]).square().sum(-1)
+    silent = (powers <= 1e-8 * powers.amax()).all(0)
+    estimates, targets = estimates[~silent], targets[~silent]
+    scale = (estimates * targets).sum(-1, keepdim=True) / targets.square().sum(-1, keepdim=True)
+    errors = (estimates - scale * targets).square().sum(-1)
+    ratios = 10 * torch.log10((scale * targets).square().sum(-1) / errors)
+    return ratios.nan_to_num(nan=-torch.inf).min() if len(ratios) else torch.tensor(torch.inf)
 
 
 def asteroid_package(conf, metrics, about):
