@@ -1,91 +1,25 @@
-"""LibriMix on the fly against the arithmetic of its generator, and its recipe through the stages.
-
-The corpus is a small one with the layouts of LibriSpeech, WHAM! and LibriMix's metadata, made of
-the embedded speech.
-"""
+"""LibriMix on the fly against the arithmetic of its generator; its recipe through the stages."""
 
 import csv
-import hashlib
 import json
 import shutil
-import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from librimix_corpus import PARTS, RATE, make_corpus
 from recipes import prepare, run_stages, settings_of
 from scipy.signal import resample_poly
 from sounds import peak_frequency
 
 from asteroid_tiny.data import DynamicMixtures, librimix
-from asteroid_tiny.preparation import open_list, open_split, prepare_speech
-
-PARTS = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
-WHAM_PARTS = {"train": "tr", "valid": "cv", "test": "tt"}
-RATE = 16000
+from asteroid_tiny.preparation import open_list, open_split
 
 
 @pytest.fixture(scope="module")
 def corpus(clips, tmp_path_factory):
-    """A folder with LibriSpeech, wham_noise and metadata, as LibriMix's scripts find them."""
-    root = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for n, (split, part) in enumerate(PARTS.items()):
-        utterances = write_speech(root / "LibriSpeech" / part, 100 + 10 * n, clips)
-        noises = write_noises(root / "wham_noise", WHAM_PARTS[split], rng)
-        for n_src in (2, 3):
-            folder = root / "metadata" / f"Libri{n_src}Mix"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_metadata(folder / f"libri{n_src}mix_{part}.csv", utterances, noises, n_src, rng)
-    speakers = ["; a comment | of | it"] + [f"{s} | {'FM'[s % 2]} | part" for s in range(100, 123)]
-    (root / "LibriSpeech" / "SPEAKERS.TXT").write_text("\n".join(speakers))
-    return root
-
-
-def write_speech(folder, first_speaker, clips):
-    """Three speakers with two utterances each, of odd lengths, at 16 kHz; gives their paths."""
-    paths = []
-    for i, clip in enumerate(list(clips.values())[:3]):
-        for k, length in enumerate((20001 - 1234 * i, 25677 + 777 * i)):
-            samples = resample_poly(clip[16000 * k :] / 32768, 2, 1)[:length]
-            speaker = first_speaker + i
-            path = folder / f"{speaker}" / "7" / f"{speaker}-7-{k:04d}.flac"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sf.write(path, 0.2 * samples, RATE)  # mixtures must not clip
-            paths.append(path.relative_to(folder.parent).as_posix())
-    return paths
-
-
-def write_noises(folder, part, rng):
-    """Noises of two channels, one long and one short; gives their paths."""
-    (folder / part).mkdir(parents=True)
-    names = []
-    for name, length in (("long_1.5_x", 40000), ("short_-0.5_y", 17001)):
-        noise = 0.02 * rng.standard_normal((length, 2)).cumsum(0) / np.sqrt(length)
-        noise += 0.01 * rng.standard_normal((length, 2))
-        sf.write(folder / part / f"{name}.wav", noise, RATE)
-        names.append(f"{part}/{name}.wav")
-    return names
-
-
-def write_metadata(path, utterances, noises, n_src, rng):
-    header = ["mixture_ID"]
-    for i in range(1, n_src + 1):
-        header += [f"source_{i}_path", f"source_{i}_gain"]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*header, "noise_path", "noise_gain"])
-        for noise in noises:
-            speakers = rng.permutation(3)[:n_src]
-            chosen = [utterances[2 * s + rng.integers(2)] for s in speakers]
-            row = ["_".join(Path(utterance).stem for utterance in chosen)]
-            for utterance in chosen:
-                row += [utterance, rng.uniform(0.3, 1.6)]
-            writer.writerow([*row, noise, rng.uniform(0.3, 4)])
+    return make_corpus(tmp_path_factory.mktemp("corpus"), clips)
 
 
 def official(row, root, n_src, rate, mode):
@@ -309,150 +243,3 @@ def test_the_recipe_runs_through_its_stages(corpus, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "note: train has 2 mixtures, the official corpus has 13900" in said
     assert "valid: 2 mixtures" in said
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder on the loopback, ranges as well; drops the first connections half-way."""
-
-    def __init__(self, folder, n_drops=0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.n_drops = n_drops
-        self.asked = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = self.server.folder / self.path.lstrip("/")
-        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        self.server.asked.append((path.name, begin))
-        if not path.is_file():
-            return self.send_error(404)
-        content = path.read_bytes()
-        self.send_response(206 if begin else 200)
-        self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", len(content) - begin)
-        if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.server.n_drops:
-            self.server.n_drops -= 1
-            self.wfile.write(content[begin : begin + (len(content) - begin) // 2])
-        else:
-            self.wfile.write(content[begin:])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def served(corpus, tmp_path, monkeypatch):
-    """Serves the corpus as the archives of OpenSLR: a function that starts a server."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    for part in PARTS.values():
-        path = folder / f"{part}.tar.gz"
-        with tarfile.open(path, "w:gz") as archive:
-            archive.add(corpus / "LibriSpeech" / part, f"LibriSpeech/{part}")
-            archive.add(corpus / "LibriSpeech" / "SPEAKERS.TXT", "LibriSpeech/SPEAKERS.TXT")
-        md5 = hashlib.md5(path.read_bytes()).hexdigest()
-        archive = librimix.Archive(path.name, md5, 0.001, 0.002)
-        monkeypatch.setitem(librimix.ARCHIVES, part, archive)
-    servers = []
-
-    def start(**options):
-        servers.append(Server(folder, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def fetching(corpus, tmp_path):
-    """Runs stage 0 where LibriSpeech is still to be fetched: a function of the server."""
-
-    def prepare(server, **options):
-        target = tmp_path / "fetched"
-        options = {"metadata_dir": str(corpus / "metadata"), **options}
-        settings = settings_of(
-            "librimix", speech=str(target), librispeech_url=server.url, **options
-        )
-        prepare_speech(tmp_path / "recipe" / "exp" / "run", settings)
-        return target
-
-    return prepare
-
-
-def test_librispeech_is_fetched_over_a_connection_that_drops(corpus, served, fetching, capsys):
-    server = served(n_drops=2)
-    folder = fetching(server)
-    assert [name for name, begin in server.asked if begin], "it went on where it was cut"
-    for path in (corpus / "LibriSpeech").rglob("*.*"):
-        found = folder / "LibriSpeech" / path.relative_to(corpus / "LibriSpeech")
-        assert found.read_bytes() == path.read_bytes()
-    there = {path.name for path in (folder / "LibriSpeech").iterdir()}
-    assert there == {*PARTS.values(), "SPEAKERS.TXT", ".lock"}, "no archive stays"
-    said = capsys.readouterr().out
-    assert "to fetch: train-clean-100, dev-clean, test-clean" in said and "space needed" in said
-    n_asked = len(server.asked)
-    fetching(server)
-    assert len(server.asked) == n_asked, "what is there is not fetched again"
-
-
-def test_metadata_are_fetched(corpus, served, fetching, monkeypatch):
-    server = served()
-    monkeypatch.setattr(librimix, "METADATA_URL", f"{server.url}/metadata")
-    shutil.copytree(corpus / "metadata", server.folder / "metadata")
-    given = {"metadata_dir": None, "librispeech_dir": str(corpus / "LibriSpeech")}
-    folder = fetching(server, **given) / "metadata" / "Libri2Mix"
-    assert len(server.asked) == 3
-    for path in folder.iterdir():
-        assert path.read_bytes() == (corpus / "metadata" / "Libri2Mix" / path.name).read_bytes()
-
-
-def test_a_wrong_checksum_leaves_no_speech(served, fetching, refused, monkeypatch):
-    archive = librimix.ARCHIVES["train-clean-100"]._replace(md5="0" * 32)
-    monkeypatch.setitem(librimix.ARCHIVES, "train-clean-100", archive)
-    with refused("train-clean-100.tar.gz has the md5", "not 0000"):
-        fetching(served())
-
-
-def test_an_address_that_does_not_exist_is_named(served, fetching, refused):
-    server = served()
-    (server.folder / "dev-clean.tar.gz").unlink()
-    with refused(f"{server.url}/dev-clean.tar.gz answers 404"):
-        fetching(server)
-
-
-def test_too_little_space_is_said_before_anything_is_fetched(
-    served, fetching, refused, monkeypatch
-):
-    server = served()
-    archive = librimix.ARCHIVES["dev-clean"]._replace(unpacked=1e9)
-    monkeypatch.setitem(librimix.ARCHIVES, "dev-clean", archive)
-    with refused("GB free where 1000000000.0 GB are needed"):
-        fetching(server)
-    assert not server.asked
-
-
-def test_after_an_interruption_space_is_asked_for_the_rest_alone(served, tmp_path, monkeypatch):
-    server, place = served(), tmp_path / "LibriSpeech"
-    archive = server.folder / "dev-clean.tar.gz"
-    size = archive.stat().st_size
-    wanted = {place / "dev-clean": librimix.ARCHIVES["dev-clean"]._replace(size=size / 1e9)}
-    for part in (place / ".dev-clean.tar.gz.part", place / ".unpacking-dev-clean" / "a.flac"):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(archive.read_bytes()[: size // 2])
-    free = size // 2 + 1 + 2_000_000  # for the other half, and what is unpacked
-    usage = shutil.disk_usage(place)._replace(free=free)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    librimix.fetch_archives(wanted, server.url)
-    assert {path.name for path in place.iterdir()} == {"dev-clean", "SPEAKERS.TXT", ".lock"}

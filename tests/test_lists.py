@@ -17,7 +17,6 @@ from asteroid_tiny.data import (
 )
 from asteroid_tiny.data.kaldi import write_dir
 from asteroid_tiny.data.mixing import SILENT, Mixture, Source
-from asteroid_tiny.schedule import Schedule
 
 
 @pytest.fixture
@@ -163,15 +162,3 @@ def test_broken_recordings_of_a_list_are_passed_over(listed, monkeypatch, caplog
     repeated = RepeatedMixtures(listed, 20000, seed=0)
     assert {which(repeated[i]) for i in range(6)} == {1, 3, 5}
     assert caplog.text.count("training goes on without it") == 1
-
-
-def test_the_rate_is_not_halved_in_the_first_steps():
-    def rate_after(hold_steps):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        schedule = Schedule(optimizer, 100, patience=0, hold_steps=hold_steps)
-        for _ in range(10):
-            optimizer.step(), schedule.step()
-            schedule.observe(1.0)
-        return schedule.get_lr()[0]
-
-    assert rate_after(0) == 0.5**9 and rate_after(8) == 0.5**2 and rate_after(11) == 1
