@@ -159,7 +159,7 @@ def test_after_an_interruption_space_is_asked_for_the_rest_alone(served, tmp_pat
     for part in (place / ".dev-clean.tar.gz.part", place / ".unpacking-dev-clean" / "a.flac"):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(archive.read_bytes()[: size // 2])
-    free = size // 2 + 1 + 2_000_000  # for the other half, and what is unpacked
+    free = size - size // 2 + 2_000_100  # for the other half, and what is unpacked
     usage = shutil.disk_usage(place)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     librimix.fetch_archives(wanted, server.url)
