@@ -51,12 +51,9 @@ def check_options(settings, defaults, given):
         LISTED[settings["corpus"]].check_options(settings)
     elif not settings["dynamic_mixing"]:
         raise UserError(f"corpus {settings['corpus']} has no list; it needs dynamic_mixing true")
-    if "least_overlap" in given and defaults["least_overlap"] > settings["least_overlap"]:
-        if settings["least_overlap"] >= settings["overlap_ratio"]:
-            raise UserError(
-                f"--least_overlap {settings['least_overlap']:g} has no effect: overlap_ratio is "
-                f"{settings['overlap_ratio']:g}"
-            )
+    least, ratio = settings["least_overlap"], settings["overlap_ratio"]
+    if "least_overlap" in given and ratio <= least < defaults["least_overlap"]:
+        raise UserError(f"--least_overlap {least:g} has no effect: overlap_ratio is {ratio:g}")
     if settings["noise_dir"] and not settings["noise"]:
         raise UserError("--noise_dir has no effect without --noise, the share of the mixtures")
     if settings["corpus"] not in LISTED:

@@ -92,7 +92,7 @@ def test_settings_of_the_mixtures_reach_them(speech, other):
     assert mixture.shape != changed.shape or not torch.equal(mixture, changed)
 
 
-def test_settings_of_the_mixtures_of_a_list_reach_them(speech, valid):
+def test_settings_of_the_mixtures_of_a_list_reach_them(valid):
     for other in (dict(silent_sources=1.0), dict(reverb=1.0), dict(noise=1.0)):
         mixture, changed = (
             training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | other)

@@ -131,9 +131,9 @@ def read_genders(folder):
 
 
 def check(speech, settings):
-    """See `mixed.check_lengths`, of a generated LibriMix."""
+    """Refuses sources of a generated LibriMix that are cut short, see `mixed.mixtures`."""
     if settings["librimix_dir"]:
-        mixed.check_lengths(speech)
+        mixed.mixtures(speech)
 
 
 def mixtures(split, speech, noise, settings):
@@ -293,8 +293,8 @@ def check_options(settings):
     """
     values = dict(task=tuple(MIXES), subset=("train-100", "train-360"), mode=("min", "max"))
     mixed.check_values(settings, "LibriMix", **values, **mixed.BOTH)
-    for key in ("librispeech_dir", "metadata_dir", "wham_dir") if settings["librimix_dir"] else ():
-        if settings[key]:
+    for key in ("librispeech_dir", "metadata_dir", "wham_dir"):
+        if settings["librimix_dir"] and settings[key]:
             raise UserError(f"{key} has no effect with librimix_dir, which is made of them")
     if settings["task"] == "sep_noisy" and settings["dynamic_mixing"]:
         raise UserError("task sep_noisy needs dynamic_mixing false: what is drawn has no noise")

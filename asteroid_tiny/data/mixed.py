@@ -74,34 +74,24 @@ def mixtures(speech, noise=None):
     Args:
         speech (SpeechDir): The data dir.
         noise (NoiseDir, optional): That of `write_noise`; the mixtures have none without it.
+
+    Raises:
+        UserError: If the sources of a mixture differ in length: one is cut short.
     """
     sources = {}
     for key in sorted(speech.utterances):
         sources.setdefault(key.rpartition("_s")[0], []).append(whole(speech, key))
-    return [
-        Mixture(
-            name,
-            min(source.length for source in parts),
-            tuple(parts),
-            whole(noise, name) if noise else None,
-        )
-        for name, parts in sources.items()
-    ]
-
-
-def check_lengths(speech):
-    """Refuses a data dir of `write_split` in which sources of a mixture differ in length.
-
-    Raises:
-        UserError: That names a file which is cut short.
-    """
-    for mixture in mixtures(speech):
-        shortest, *_, longest = sorted(mixture.sources, key=lambda source: source.length)
+    found = []
+    for name, parts in sources.items():
+        shortest, *_, longest = sorted(parts, key=lambda source: source.length)
         if shortest.length < longest.length:
             raise UserError(
                 f"{speech.wavs[shortest.utterance]} has {shortest.length} samples, of another "
                 f"source of the mixture there are {longest.length}; it is cut short, or not padded"
             )
+        hiss = whole(noise, name) if noise else None
+        found.append(Mixture(name, longest.length, tuple(parts), hiss))
+    return found
 
 
 def whole(speech, key):

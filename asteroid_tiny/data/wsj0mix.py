@@ -69,8 +69,8 @@ def speakers_of(name, n_src):
 
 
 def check(speech, settings):
-    """See `mixed.check_lengths`."""
-    mixed.check_lengths(speech)
+    """Refuses sources that are cut short, see `mixed.mixtures`."""
+    mixed.mixtures(speech)
 
 
 def mixtures(split, speech, noise, settings):
