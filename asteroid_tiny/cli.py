@@ -155,6 +155,8 @@ def _evaluate_options(parser):
     add("--reverb", action="store_true", help="let each mixture be heard in a simulated room")
     add("--snr", type=float, metavar="DB", help="add noise, so much softer than the speech,")
     add("--noise_dir", metavar="DIR", help="of recordings in this folder; else it is simulated")
+    add("--microphone", action="store_true", help="let each mixture be heard by a simulated "
+        "microphone or telephone")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
 
 
@@ -204,8 +206,9 @@ def evaluate(options):
     )
     write_list(options.out / "list.csv", mixtures, rate)
     results, dataset = options.out / "results", MixtureList(speech, options.out / "list.csv")
-    if options.reverb or options.snr is not None:
-        dataset = InSurroundings(dataset, options.seed, options.reverb, options.snr, recorded)
+    surroundings = (options.reverb, options.snr, recorded, options.microphone)
+    if options.reverb or options.snr is not None or options.microphone:
+        dataset = InSurroundings(dataset, options.seed, *surroundings)
     summary = evaluate(model, dataset, results, device)
     print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
 

@@ -43,13 +43,13 @@ MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, *BENCHMARK, *COMPARISON)
 MAY_BE_ZERO = (
     "seed valid_seed test_seed max_gap dropout speed_perturb weight_decay warmup_steps patience "
     "cooldown_steps hold_steps colour overlap_ratio least_overlap turns silent_sources "
-    "level_spread reverb noise num_workers eval_workers budget_minutes average"
+    "level_spread reverb noise microphone num_workers eval_workers budget_minutes average"
 ).split()
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1, "seed": 2**32}
 #: Settings with an upper limit, which they may reach.
 AT_MOST = dict.fromkeys(
-    ("overlap_ratio", "least_overlap", "turns", "silent_sources", "reverb", "noise"), 1
+    "overlap_ratio least_overlap turns silent_sources reverb noise microphone".split(), 1
 )
 #: Settings with a lower limit, in seconds.
 AT_LEAST = {"segment": 0.01, "eval_segment": 0.01}

@@ -46,7 +46,7 @@ from .weights import load_weights_only
 
 #: Settings that are arguments of `DynamicMixtures`, and those of `RepeatedMixtures`, too.
 DRAWN = "max_gap overlap_ratio least_overlap turns level_spread colour".split()
-CHANGED = "silent_sources", "reverb", "noise"
+CHANGED = "silent_sources", "reverb", "noise", "microphone"
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
 

@@ -104,10 +104,11 @@ def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
     assert not (tmp_path / "none").exists()
 
 
-def test_evaluate_lets_mixtures_be_heard_in_rooms_and_noise(model, voices, tmp_path, capsys):
+def test_evaluate_lets_mixtures_be_heard_in_other_surroundings(model, voices, tmp_path, capsys):
     options, noise = ["-n", "2", "--segment", "1"], ["--snr", "5"]
     ways = {"plain": [], "rooms": ["--reverb"], "noise": noise, "both": ["--reverb", *noise]}
     ways["recorded"] = [*noise, "--noise_dir", str(voices)]
+    ways["microphone"] = ["--microphone"]
     lists, tables, inputs = [], [], {}
     for name, way in ways.items():
         out = tmp_path / name
@@ -116,7 +117,7 @@ def test_evaluate_lets_mixtures_be_heard_in_rooms_and_noise(model, voices, tmp_p
         tables.append((out / "results" / "metrics.csv").read_text())
         summary = json.loads((out / "results" / "summary.json").read_text())
         inputs[name] = summary["groups"]["all"]["input_si_sdr"]["mean"]
-    assert len(set(lists)) == 1 and len(set(tables)) == 5
+    assert len(set(lists)) == 1 and len(set(tables)) == 6
     assert inputs["noise"] < inputs["plain"] - 1 and inputs["both"] < inputs["rooms"] - 1
     assert inputs["recorded"] < inputs["plain"] - 1
     assert status("evaluate", model, voices, "-o", tmp_path / "no", "--snr", "nan") == 2

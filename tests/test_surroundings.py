@@ -1,4 +1,5 @@
-"""Rooms, how sound dies away in them, noise, its level and spectrum, and mixtures heard in both."""
+"""Rooms, how sound dies away in them, noise, its level and spectrum, what microphones let through,
+and mixtures heard so."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from asteroid_tiny.data import (
     draw_list,
     write_list,
 )
-from asteroid_tiny.data.surroundings import DECAY, DIRECT, FIRST, SNR, in_a_room, noise_for
+from asteroid_tiny.data.surroundings import (
+    DECAY,
+    DIRECT,
+    FIRST,
+    SNR,
+    by_a_microphone,
+    in_a_room,
+    noise_for,
+)
 
 RATE = 8000
 
@@ -112,6 +121,57 @@ def test_noise_is_added_to_a_share_of_the_training_mixtures(valid_speech):
     assert SNR[0] - 0.01 < min(ratios) and max(ratios) < SNR[1] + 0.01
 
 
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_microphones_are_those_of_studios_laptops_and_telephones(rate):
+    click = torch.zeros(2 * rate)
+    click[rate] = 1
+    heard = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        response = by_a_microphone(click, click[None], rng, rate)[0]
+        assert response[: rate // 2].abs().max() < 1e-3 * response.abs().max(), "no echo"
+        decibels = 20 * np.log10(np.abs(np.fft.rfft(response.numpy())) + 1e-9)
+        heard.append([decibels[2 * hertz] for hertz in (100, 500, 1000, 2000, 3600)])
+    low, first, middle, last, high = np.array(heard).T
+    assert (low < first - 25).sum() >= 6, "some hear no low frequencies, as telephones"
+    assert (high < last - 6).sum() >= 6, "some hear no high ones"
+    assert ((low > first - 10) & (high > last - 6)).sum() >= 6, "some hear both"
+    assert (last > first + 6).sum() >= 6 and (last < first).sum() >= 6, "some bright, some dull"
+    assert np.abs(middle - first).max() < 20, "all hear what makes speech"
+
+
+def test_a_microphone_hears_all_that_is_there_alike(clips):
+    first, second, *_ = (torch.from_numpy(clip[:9000] / 32768).float() for clip in clips.values())
+    sources = torch.stack([first, second, torch.zeros(9000)])
+    noise = noise_for(first, np.random.default_rng(1), RATE, 10.0)
+    mixture, heard = by_a_microphone(
+        sources.sum(0) + noise, sources, np.random.default_rng(0), RATE
+    )
+    assert mixture.shape == (9000,) and heard.shape == sources.shape
+    assert mixture.dtype == heard.dtype == torch.float32
+    assert level(mixture) == pytest.approx(level(sources.sum(0) + noise), abs=0.01)
+    assert not heard[2].any() and not torch.allclose(heard[0], first, atol=1e-2)
+    again, (heard_noise,) = by_a_microphone(
+        sources.sum(0) + noise, noise[None], np.random.default_rng(0), RATE
+    )
+    assert torch.equal(again, mixture)
+    torch.testing.assert_close(mixture, heard.sum(0) + heard_noise, atol=1e-5, rtol=0)
+    silent = by_a_microphone(torch.zeros(50), torch.zeros(2, 50), np.random.default_rng(0), RATE)
+    assert not any(signals.any() for signals in silent)
+
+
+def test_a_share_of_the_training_mixtures_is_heard_by_microphones(valid_speech):
+    args = dict(n_src=2, length=8000, seed=0, size=60, silent_sources=0.3)
+    flat, heard = (DynamicMixtures(valid_speech, microphone=x, **args) for x in (0.0, 0.5))
+    changed = 0
+    for i in range(60):
+        mixture, sources = heard[i]
+        torch.testing.assert_close(mixture, sources.sum(0), atol=1e-5, rtol=0)
+        assert torch.equal(sources.any(-1), flat[i][1].any(-1)), "the same speakers"
+        changed += not torch.equal(mixture, flat[i][0])
+    assert 18 <= changed <= 42
+
+
 class Repeated:
     """The first mixture of a list at every place."""
 
@@ -124,24 +184,29 @@ class Repeated:
 
 @pytest.mark.parametrize("reverb", [False, True])
 @pytest.mark.parametrize("snr", [None, 5.0])
-def test_each_mixture_of_a_list_has_surroundings_of_its_own(valid_speech, tmp_path, reverb, snr):
+@pytest.mark.parametrize("microphone", [False, True])
+def test_each_mixture_of_a_list_has_surroundings_of_its_own(
+    valid_speech, tmp_path, reverb, snr, microphone
+):
+    changed = reverb or microphone
     write_list(tmp_path / "list.csv", draw_list(valid_speech, 3, 2, 8000, seed=1), RATE)
     listed = MixtureList(valid_speech, tmp_path / "list.csv")
-    here, there = (InSurroundings(listed, seed, reverb, snr) for seed in (1, 2))
+    way = dict(reverb=reverb, snr=snr, microphone=microphone)
+    here, there = (InSurroundings(listed, seed, **way) for seed in (1, 2))
     assert len(here) == 3 and here.sample_rate == RATE
     assert here.describe(1) == listed.describe(1)
     twice = Repeated(listed)
-    pair = [InSurroundings(twice, 1, reverb, snr)[i][0] for i in (0, 1)]
-    assert torch.equal(*pair) == (not reverb and snr is None), "each a place of its own"
+    pair = [InSurroundings(twice, 1, **way)[i][0] for i in (0, 1)]
+    assert torch.equal(*pair) == (not changed and snr is None), "each a place of its own"
     for i in range(3):
         mixture, sources = here[i]
         assert torch.equal(mixture, here[i][0])
-        assert torch.equal(mixture, there[i][0]) == (not reverb and snr is None)
-        assert torch.equal(sources, listed[i][1]) != reverb
+        assert torch.equal(mixture, there[i][0]) == (not changed and snr is None)
+        assert torch.equal(sources, listed[i][1]) != changed
         noise = mixture - sources.sum(0)
         if snr is None:
-            torch.testing.assert_close(noise, torch.zeros(8000))
-        else:
+            torch.testing.assert_close(noise, torch.zeros(8000), atol=1e-5, rtol=0)
+        elif not microphone:  # which hears more of the one or of the other
             assert level(sources.sum(0)) - level(noise) == pytest.approx(snr, abs=0.01)
 
 

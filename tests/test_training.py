@@ -79,6 +79,7 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model, speech, valid, tmp
         dict(silent_sources=1.0),
         dict(reverb=1.0),
         dict(noise=1.0),
+        dict(microphone=1.0),
         dict(level_spread=0.0),
         dict(colour=0.0),
         dict(speed_perturb=0),
@@ -93,9 +94,9 @@ def test_settings_of_the_mixtures_reach_them(speech, other):
 
 
 def test_settings_of_the_mixtures_of_a_list_reach_them(valid):
-    for other in (dict(silent_sources=1.0), dict(reverb=1.0), dict(noise=1.0)):
+    for other in ("silent_sources", "reverb", "noise", "microphone"):
         mixture, changed = (
-            training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | other)
+            training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | {other: 1.0})
         )
         assert not torch.equal(mixture, changed)
 

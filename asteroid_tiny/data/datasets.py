@@ -23,7 +23,7 @@ from .mixing import (
     render_turns,
     same_colour,
 )
-from .surroundings import SNR, in_a_room, noise_for
+from .surroundings import SNR, by_a_microphone, in_a_room, noise_for
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class EndlessMixtures(torch.utils.data.Dataset):
         reverb (float): Share of the mixtures, 0 to 1, that are heard in a room, see `in_a_room`.
         noise (float): Share of the mixtures, 0 to 1, to which noise is added, see `noise_for`.
         recorded (RecordedNoise, optional): Where that noise is taken from.
+        microphone (float): Share of the mixtures, 0 to 1, that are heard by a microphone of a
+            response of its own, see `by_a_microphone`.
 
     Raises:
         UserError: From an item on at which more than `MOST_BROKEN` of the recordings are broken.
@@ -90,12 +92,13 @@ class EndlessMixtures(torch.utils.data.Dataset):
         Items are (mixture, sources): (time,) and (n_src, time).
     """
 
-    def __init__(self, seed, size, reverb, noise, recorded):
+    def __init__(self, seed, size, reverb, noise, recorded, microphone):
         self.seed = seed
         self.size = size
         self.reverb = reverb
         self.noise = noise
         self.recorded = recorded
+        self.microphone = microphone
         self.broken = set()
 
     def __len__(self):
@@ -129,6 +132,8 @@ class EndlessMixtures(torch.utils.data.Dataset):
         if self.noise and rng.random() < self.noise:
             snr, rate = rng.uniform(*SNR), self.speech.sample_rate
             mixed = mixed + noise_for(sources.sum(0), rng, rate, snr, self.recorded)
+        if self.microphone and rng.random() < self.microphone:
+            mixed, sources = by_a_microphone(mixed, sources, rng, self.speech.sample_rate)
         return mixed, sources
 
 
@@ -139,7 +144,7 @@ class DynamicMixtures(EndlessMixtures):
         speech (SpeechDir): Where the utterances are.
         n_src (int): Number of sources, of different speakers.
         length (int): Length in samples.
-        seed, size, reverb, noise, recorded: See `EndlessMixtures`.
+        seed, size, reverb, noise, recorded, microphone: See `EndlessMixtures`.
         max_gap, overlap_ratio (float): See `draw_mixture`.
         least_overlap (float): Each mixture overlaps by a ratio drawn from this to `overlap_ratio`,
             if it is less.
@@ -169,9 +174,10 @@ class DynamicMixtures(EndlessMixtures):
         reverb=0.0,
         noise=0.0,
         recorded=None,
+        microphone=0.0,
         size=1,
     ):
-        super().__init__(seed, size, reverb, noise, recorded)
+        super().__init__(seed, size, reverb, noise, recorded, microphone)
         check_speakers(speech, n_src)
         self.speech = speech
         self.n_src = n_src
@@ -215,7 +221,7 @@ class RepeatedMixtures(EndlessMixtures):
     Args:
         mixtures (MixtureList): The list.
         length (int): Length in samples.
-        seed, size, reverb, noise, recorded: See `EndlessMixtures`.
+        seed, size, reverb, noise, recorded, microphone: See `EndlessMixtures`.
         speeds (sequence of int): Playback speeds in percent, drawn for each source.
         silent_sources (float): See `DynamicMixtures`; sources are taken out of the mixture.
     """
@@ -230,9 +236,10 @@ class RepeatedMixtures(EndlessMixtures):
         reverb=0.0,
         noise=0.0,
         recorded=None,
+        microphone=0.0,
         size=1,
     ):
-        super().__init__(seed, size, reverb, noise, recorded)
+        super().__init__(seed, size, reverb, noise, recorded, microphone)
         self.mixtures = mixtures.mixtures
         self.speech = mixtures.speech
         self.noises = mixtures.noise

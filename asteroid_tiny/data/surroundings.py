@@ -1,10 +1,11 @@
-"""Surroundings: mixtures as they are heard where walls throw speech back, and in noise.
+"""Surroundings: mixtures as they are heard in rooms, in noise, and by microphones.
 
 The response of a room is the direct sound, then noise that decays exponentially, as by J.-D.
 Polack, "La transmission de l'énergie sonore dans les salles", 1988. It has the reverberation of a
 room, but no single reflections. Simulated noise is Gaussian, of a random spectrum, and slowly grows
 louder and softer, as that of fans, traffic, rain or a cheap microphone does; it has no voices or
-knocks. `RecordedNoise` has what was recorded.
+knocks. `RecordedNoise` has what was recorded. A microphone is the frequency response of all that is
+between the air and the file, telephones included; it has no distortion and no codec.
 """
 
 import math
@@ -30,6 +31,11 @@ LOWEST = 50.0  # Hz, below which the spectrum of noise is flat
 SLOPE = -7.0, 1.0  # dB per octave above, from brown noise (-6) over pink (-3) to white (0)
 BUMPS = 4.0  # dB, standard deviation of the spectrum at each octave about that slope
 SWELL = 0.0, 4.0  # dB, standard deviation of the level of noise from one second to the next
+LOW_CUT = 20.0, 450.0  # Hz, where what a microphone hears has fallen by 3 dB; 300 of telephones
+HIGH_CUT = 2500.0, 1.5  # Hz, and share of half the sample rate; 3400 Hz of telephones
+ORDER = 1, 8  # of the Butterworth filters that cut so
+TILT = -3.0, 6.0  # dB per octave between
+UNEVEN = 3.0  # dB, standard deviation at each octave about that
 
 
 def in_a_room(sources, rng, sample_rate):
@@ -87,6 +93,40 @@ def _simulated(length, rng, sample_rate):
     swell = rng.uniform(*SWELL) * rng.normal(size=2 + math.ceil(length / sample_rate))
     noise = np.fft.irfft(waves[0] + 1j * waves[1], length)
     return noise * 10 ** (np.interp(seconds, np.arange(len(swell)), swell) / 20)
+
+
+def by_a_microphone(mixture, sources, rng, sample_rate):
+    """Lets a mixture be heard by a microphone of a frequency response that is drawn at random.
+
+    It is a product of Butterworth filters that cut low and high frequencies, a tilt, and what is
+    uneven from octave to octave, without phase.
+
+    Args:
+        mixture (torch.Tensor): (time,).
+        sources (torch.Tensor): (n_src, time).
+        rng (np.random.Generator): Source of chance.
+        sample_rate (int): In Hz.
+
+    Returns:
+        tuple of torch.Tensor: Mixture and sources as they are heard, by one gain, with which the
+        mixture is as loud as it was.
+    """
+    low = math.exp(rng.uniform(*np.log(LOW_CUT)))
+    high = math.exp(rng.uniform(*np.log([HIGH_CUT[0], HIGH_CUT[1] * sample_rate / 2])))
+    low_order, high_order = rng.integers(ORDER[0], ORDER[1] + 1, 2)
+    length = len(mixture) + round(0.1 * sample_rate)  # in which the filters ring out
+    frequencies = np.fft.rfftfreq(length, 1 / sample_rate)
+    octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
+    bumps = rng.normal(0, UNEVEN, 1 + math.ceil(octaves.max()))
+    decibels = rng.uniform(*TILT) * octaves + np.interp(octaves, np.arange(len(bumps)), bumps)
+    decibels -= 10 * np.log10(1 + (low / np.maximum(frequencies, 1)) ** (2 * low_order))
+    decibels -= 10 * np.log10(1 + (frequencies / high) ** (2 * high_order))
+    signals = np.concatenate([mixture.numpy()[None], sources.numpy()])
+    heard = np.fft.irfft(np.fft.rfft(signals, length) * 10 ** (decibels / 20), length)
+    heard = heard[:, : len(mixture)]
+    gain = math.sqrt(np.mean(signals[0] ** 2) / max(np.mean(heard[0] ** 2), 1e-12))
+    heard = torch.from_numpy((gain * heard).astype(np.float32))
+    return heard[0], heard[1:]
 
 
 class RecordedNoise:
@@ -159,17 +199,19 @@ class InSurroundings(torch.utils.data.Dataset):
         reverb (bool): Whether each mixture is heard in a room.
         snr (float, optional): Level of all speech re noise, in dB; None for no noise.
         recorded (RecordedNoise, optional): See `noise_for`.
+        microphone (bool): Whether each mixture is heard by a microphone of its own.
 
     Shape:
         Items are (mixture, sources): (time,) and (n_src, time), the sources as they are heard.
     """
 
-    def __init__(self, mixtures, seed, reverb=False, snr=None, recorded=None):
+    def __init__(self, mixtures, seed, reverb=False, snr=None, recorded=None, microphone=False):
         self.mixtures = mixtures
         self.seed = seed
         self.reverb = reverb
         self.snr = snr
         self.recorded = recorded
+        self.microphone = microphone
         self.sample_rate = mixtures.sample_rate
 
     def __len__(self):
@@ -184,6 +226,8 @@ class InSurroundings(torch.utils.data.Dataset):
         if self.snr is not None:
             noise = noise_for(mixture, rng, self.sample_rate, self.snr, self.recorded)
             mixture = mixture + noise
+        if self.microphone:
+            mixture, sources = by_a_microphone(mixture, sources, rng, self.sample_rate)
         return mixture, sources
 
     def describe(self, index):
