@@ -128,6 +128,12 @@ def check(options):
     """Finds what is wrong with speech or a mixture list before a training does."""
     from .data.check import check_list, check_speech, format_findings
 
+    of_a_list = {"speech": options.speech, "noise": options.noise}
+    of_speech = {"sample_rate": options.sample_rate, "shortest": options.shortest}
+    kind, idle = ("a folder", of_a_list) if options.path.is_dir() else ("a list", of_speech)
+    for key, value in idle.items():
+        if value:
+            raise UserError(f"--{key} has no effect on {kind}")
     if options.path.is_dir():
         findings = check_speech(options.path, options.sample_rate, options.shortest)
     elif options.speech is None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -35,7 +36,8 @@ def whole_file(path):
         'all of it'
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]  # as names may be long already
+    part = path.with_name(f".{path.stem[:30]}.{mark}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

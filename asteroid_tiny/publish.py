@@ -345,6 +345,7 @@ def push(folder, repo, private=False):
             repo_id=repo,
             folder_path=folder,
             allow_patterns=list(PUBLIC),
+            delete_patterns=[ONNX],  # of the weights before, if the folder has none
             commit_message=f"Model made with asteroid_tiny {__version__}",
         )
     return commit.commit_url

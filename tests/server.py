@@ -94,6 +94,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.note()
+        found = re.match(r"/api/models/([\w.-]+/[\w.-]+)/tree/main\?", self.path)
+        if found and found[1] in self.server.commits:
+            files = self.server.commits[found[1]][-1].items()
+            tree = [{"type": "file", "path": p, "size": len(c), "oid": ""} for p, c in files]
+            return self.answer_json(200, tree)
         found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", self.path)
         if not found:
             return self.answer(404, {})
@@ -165,6 +170,8 @@ class HubHandler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         self.server.commits[repo].append(files)
         oid = commit_name(len(self.server.commits[repo]) - 1)
         url = f"{self.server.address}/{repo}/commit/{oid}"

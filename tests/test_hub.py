@@ -182,6 +182,19 @@ def published(tmp_path, summary):
     return model, publish(model, tmp_path / "publish", about)
 
 
+def test_an_onnx_file_of_weights_before_does_not_stay_on_the_hub(on_hub, published):
+    _, folder = published
+    (folder / "model.onnx").write_bytes(b"as those before were")
+    push(folder, "me/model")
+    assert "model.onnx" in on_hub.commits["me/model"][-1]
+    push(folder, "me/model")
+    assert "model.onnx" in on_hub.commits["me/model"][-1]
+    (folder / "model.onnx").unlink()
+    push(folder, "me/model")
+    assert "model.onnx" not in on_hub.commits["me/model"][-1]
+    assert WEIGHTS in on_hub.commits["me/model"][-1]
+
+
 def test_a_model_goes_to_the_hub_and_comes_back(on_hub, published, tmp_path):
     model, folder = published
     url = push(folder, "me/model")

@@ -1,6 +1,7 @@
 """Recordings as people have them: of any format, damaged, cut short, read by ffmpeg or not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,55 @@ def test_what_ffmpeg_finds_damaged_is_refused_and_what_ends_early_is_told(
     assert not list((tmp_path / "out").glob("hole*"))
     assert "it may be incomplete; ffmpeg says: File ended prematurely" in text
     assert sf.info(tmp_path / "out" / "end_est1.wav").duration == pytest.approx(24, abs=0.3)
+
+
+@needs_ffmpeg
+def test_mp3_is_read_to_its_end_whatever_length_it_tells(separate, talks, tmp_path):
+    source = sorted(talks.glob("*.wav"))[0]
+    command = ["ffmpeg", "-v", "error", "-stream_loop", "4", "-i", source]
+    for name, more in (("vbr", ["-q:a", "6", "-write_xing", "0"]), ("cbr", ["-b:a", "32k"])):
+        subprocess.run([*command, *more, talks / f"{name}.mp3"], check=True)
+    assert abs(sf.info(talks / "vbr.mp3").duration - 20) > 5, "what it tells is an estimate"
+    content = (talks / "cbr.mp3").read_bytes()
+    (talks / "start.mp3").write_bytes(content[5001:])  # from amid a frame on
+    (talks / "half.mp3").write_bytes(content[: len(content) // 2])
+    half = len(content) // 2
+    (talks / "hole.mp3").write_bytes(content[:half] + bytes(900) + content[half + 900 :])
+    names = "vbr", "cbr", "start", "half", "hole"
+    status, text, errors = separate(*(talks / f"{name}.mp3" for name in names))
+    assert status == 1 and "4 separated" in text and "hole.mp3 is damaged" in errors
+    lengths = [sf.info(tmp_path / "out" / f"{name}_est1.wav").duration for name in names[:4]]
+    assert lengths == pytest.approx([20, 20, 19, 10], abs=0.5)
+    assert text.count("may be incomplete") == 1
+    missing = re.search(r"half.*it may be incomplete; it ends (.+) s before the length", text)
+    assert float(missing[1]) == pytest.approx(20 - lengths[3], abs=0.06)
+
+
+def test_mp3_that_ends_early_is_told_without_ffmpeg_too(separate, talks, monkeypatch):
+    monkeypatch.setattr(audio.shutil, "which", lambda _: None)
+    source = sorted(talks.glob("*.mp3"))[0]
+    content = source.read_bytes()
+    source.write_bytes(content[: len(content) // 2])
+    status, text, _ = separate(source)
+    assert status == 0 and "it may be incomplete; it ends 2." in text or "it ends 1." in text
+
+
+@pytest.mark.parametrize("container", ["WAV", "WAVEX"])
+def test_a_wav_file_that_was_cut_short_is_told(separate, clips, tmp_path, container):
+    voice, *_ = clips.values()
+    for name in ("whole", "cut", "pipe"):
+        sf.write(tmp_path / f"{name}.wav", voice, 8000, format=container)
+    content = bytearray((tmp_path / "cut.wav").read_bytes())
+    (tmp_path / "cut.wav").write_bytes(content[: -len(voice)])  # of 2 bytes a sample
+    place = content.index(b"data") + 4
+    content[place : place + 4] = b"\xff" * 4
+    (tmp_path / "pipe.wav").write_bytes(content)
+    status, text, _ = separate(*(tmp_path / f"{name}.wav" for name in ("whole", "cut", "pipe")))
+    assert status == 0 and text.count("may be incomplete") == 1
+    half = len(voice) / 16000
+    line = next(line for line in text.splitlines() if "cut.wav" in line)
+    assert f"it ends {half:.1f} s before the length that it tells" in line
+    assert sf.info(tmp_path / "out" / "cut_est1.wav").duration == pytest.approx(half, abs=0.01)
 
 
 @needs_ffmpeg

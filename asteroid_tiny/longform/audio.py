@@ -6,6 +6,7 @@ are converted by soxr as a stream.
 
 import contextlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -37,6 +38,10 @@ FFMPEG_FORMATS = (
     "mp3 mpc mpc8 mpeg mpegts nistsphere ogg pcm qcp rm shn sox tak tta voc w64 wav wsd wv xwma"
 ).split()
 LONG_HEADER = 4096  # bytes: a file that is longer holds something
+LEAST_MISSING = 0.1  # s, of which it is told that they are missing at the end
+#: In one of the first frames of an MP3 whose length is no estimate, with the bit that says so.
+LENGTH_OF_MP3 = re.compile(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]")
+UNKNOWN_OF_WAV = 0x7FFFF000  # bytes of data, or more: what a pipe tells
 
 
 class Recording:
@@ -47,23 +52,27 @@ class Recording:
         n_channels (int): Channels, which are averaged.
         n_samples (int or None): Samples, if known before they are read.
         n_read (int): Samples that were read so far.
-        warning (str): What ffmpeg found wrong with it, once it is read, or nothing.
+        warning (str): What is wrong with it, as is found once it is read, or nothing.
     """
 
     warning = ""
 
-    def __init__(self, sample_rate, n_channels, n_samples, blocks):
+    def __init__(self, sample_rate, n_channels, n_samples, blocks, n_told=0):
         self.sample_rate = sample_rate
         self.n_channels = n_channels
         self.n_samples = n_samples
         self.n_read = 0
         self._blocks = blocks
+        self._n_told = n_told
 
     def pieces(self):
         """Yields the mean of the channels, a second or less at a time (numpy.ndarray)."""
         for block in self._blocks:
             self.n_read += len(block)
             yield block.mean(axis=1)
+        missing = (self._n_told - self.n_read) / self.sample_rate
+        if missing > LEAST_MISSING and not self.warning:
+            self.warning = f"it ends {missing:.1f} s before the length that it tells"
 
 
 @contextlib.contextmanager
@@ -71,7 +80,8 @@ def open_recording(path):
     """Opens an audio file.
 
     Args:
-        path (str or Path): Anything that soundfile or, where installed, ffmpeg reads.
+        path (str or Path): Anything that soundfile or, where installed, ffmpeg reads. MP3 is read
+            by ffmpeg: soundfile ends at a length that may be an estimate, whatever follows.
 
     Yields:
         Recording: The recording.
@@ -85,21 +95,44 @@ def open_recording(path):
         open(path, "rb").close()  # of what forbids that, soundfile tells less
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    told = 0
     try:
         file = soundfile.SoundFile(path)
         empty = file.frames == 0 and Path(path).stat().st_size > LONG_HEADER
         no_length = empty or file.frames >= NO_LENGTH  # of a recorder that died, of a pipe
         why = "it tells no length" if no_length else None
+        if not no_length:
+            told = _length_told(path, file)
+        if file.format == "MP3" and not no_length:
+            why = "its length is an estimate" if shutil.which("ffmpeg") else None
     except soundfile.LibsndfileError as error:
         why = error.error_string.strip(" .")
     except TypeError:  # of soundfile, for the suffix .raw
         why = "it is raw, which tells neither rate nor format"
     if why:
-        with _through_ffmpeg(path, why) as recording:
+        with _through_ffmpeg(path, why, told) as recording:
             yield recording
         return
     with file:
-        yield Recording(file.samplerate, file.channels, file.frames, _blocks(file, path))
+        yield Recording(file.samplerate, file.channels, file.frames, _blocks(file, path), told)
+
+
+def _length_told(path, file):
+    """Samples that a file says it has, if it is one of those that may have fewer (int), else 0."""
+    with open(path, "rb") as raw:
+        if file.format == "MP3":
+            return file.frames if LENGTH_OF_MP3.search(raw.read(2**18)) else 0
+        if file.format not in ("WAV", "WAVEX"):
+            return 0
+        place, size = 12, Path(path).stat().st_size
+        while place < size:
+            raw.seek(place)
+            name, length = struct.unpack("<4sI", raw.read(8).ljust(8, b"\0"))
+            if name == b"data":
+                held = size - place - 8
+                return file.frames * length // held if held < length < UNKNOWN_OF_WAV else 0
+            place += 8 + length + length % 2
+    return 0
 
 
 def _blocks(file, path):
@@ -116,7 +149,7 @@ def _blocks(file, path):
 
 
 @contextlib.contextmanager
-def _through_ffmpeg(path, why):
+def _through_ffmpeg(path, why, told):
     """As `open_recording`, by ffmpeg, which sends an AU file: raw floats after a short header."""
     if shutil.which("ffmpeg") is None:
         raise UserError(
@@ -133,7 +166,7 @@ def _through_ffmpeg(path, why):
                 raise UserError(f"{path} cannot be read: {told} (ffmpeg)")
             _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
             process.stdout.read(start - AU_HEADER)
-            recording = Recording(rate, n_channels, None, None)
+            recording = Recording(rate, n_channels, None, None, told)
             recording._blocks = _floats(path, recording, process, errors)
             yield recording
         finally:  # maybe nobody wants the rest
@@ -147,10 +180,11 @@ def _floats(path, recording, process, errors):
     while data := process.stdout.read(4 * recording.sample_rate * n_channels):
         whole = len(data) // (4 * n_channels) * n_channels
         yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
-    status, recording.warning = process.wait(), _last_line(errors)
+    status, found = process.wait(), _last_line(errors)
     how = "is damaged" if recording.n_read else "cannot be read"
-    if status != 0 or (recording.warning and _ends_before(path, recording)):
-        raise UserError(f"{path} {how}: {recording.warning or 'it ends too early'} (ffmpeg)")
+    if status != 0 or (found and _ends_before(path, recording)):
+        raise UserError(f"{path} {how}: {found or 'it ends too early'} (ffmpeg)")
+    recording.warning = f"ffmpeg says: {found}" if found else ""
 
 
 def _ffmpeg(path, form, codec, *options):

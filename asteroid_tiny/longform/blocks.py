@@ -151,6 +151,8 @@ def _separate_blocks(
             f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
             f"longer than {max(overlap, 0):g} s"
         )
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
     parameter = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
     for batch in _batches(cut(pieces, size, hop, short * size), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])

@@ -135,10 +135,10 @@ def find_recordings(names):
     suffixes = (suffixes | {".aif", ".mp3"}) - {".raw"}
     found = []
     for name in names:
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             files = (p for p in Path(name).iterdir() if not p.name.startswith("."))
             found += sorted(p for p in files if p.suffix.lower() in suffixes)
-        elif Path(name).exists():
+        elif os.path.exists(name):
             found.append(Path(name))
         else:
             found += sorted(map(Path, glob.glob(name, recursive=True))) or [Path(name)]
@@ -203,7 +203,7 @@ def notes_on(done):
     if done["n_channels"] > 1:
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
     if done["warning"]:
-        notes.append(f"it may be incomplete; ffmpeg says: {done['warning']}")
+        notes.append(f"it may be incomplete; {done['warning']}")
     if f"{done['gain']:.3g}" != "1":
         notes.append(f"gain {done['gain']:.3g}")
     for k, level in enumerate(done["levels"], start=1):
