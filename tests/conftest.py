@@ -1,6 +1,7 @@
 """What several test files need: the embedded speech, small data dirs, errors of one sentence."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -171,3 +172,10 @@ def separate(separator, tmp_path, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def talk(valid_speech):
+    """Half a minute of real speech."""
+    utterances = itertools.islice(valid_speech.utterances, 15)
+    return np.concatenate([valid_speech.read(u) for u in utterances])[: 30 * 8000]

@@ -71,7 +71,7 @@ class Recording:
             self.n_read += len(block)
             yield block.mean(axis=1)
         missing = (self._n_told - self.n_read) / self.sample_rate
-        if missing > LEAST_MISSING and not self.warning:
+        if missing > LEAST_MISSING:
             self.warning = f"it ends {missing:.1f} s before the length that it tells"
 
 
@@ -270,11 +270,13 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
     Raises:
         UserError: If a file cannot be written.
     """
-    highest, energy, n_samples = 0.0, np.zeros(len(targets)), 0
+    highest, energy, total, n_samples = 0.0, np.zeros(len(targets)), np.zeros(len(targets)), 0
     for piece in make_pieces():
         n_samples += len(piece)
         highest = max(highest, float(np.abs(piece).max(initial=0)))
         energy += np.square(piece, dtype=float).sum(0)
+        total += piece.sum(0, dtype=float)
+    energy = (energy - total**2 / max(n_samples, 1)).clip(0)  # an offset is not heard
     gain = min(1.0, FULL_SCALE / max(highest, 1e-9))
     if peak is not None and highest > 0:
         gain = min(10 ** (peak / 20), FULL_SCALE) / highest

@@ -9,6 +9,8 @@ block, though longer than others: so there is nothing to decide.
 
 import io
 import itertools
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from ..errors import UserError
 from ..files import reason
 from .audio import check_formats, fit, open_recording, resample, scratch, write_tracks
-from .levels import make_consistent
+from .levels import below_speech, make_consistent
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
 
@@ -123,6 +125,8 @@ def cut(pieces, size, hop, short=0):
     """
     held, start, last, longest = np.zeros(0, np.float32), 0, None, max(size, short)
     for piece in pieces:
+        if np.ndim(piece) != 1:
+            raise UserError(f"a piece has the shape {np.shape(piece)}; it should be (time,)")
         # a copy in any case: who gives the pieces may use their memory again
         held = np.concatenate([held, piece]) if len(held) else np.array(piece)
         while len(held) > longest:
@@ -144,6 +148,11 @@ def _separate_blocks(
 
     A recording of up to `short` blocks is one; errors call it by its `name`.
     """
+    if not (math.isfinite(block) and math.isfinite(overlap) and batch_size >= 1):
+        raise UserError(
+            f"block and overlap must be finite numbers of seconds, batch_size at least 1, not "
+            f"{block}, {overlap} and {batch_size}"
+        )
     size = round(block * model.sample_rate)
     hop = size - round(overlap * model.sample_rate)
     if not 0 < hop <= size:
@@ -151,8 +160,6 @@ def _separate_blocks(
             f"an overlap of {overlap:g} s does not fit in blocks of {block:g} s; take blocks "
             f"longer than {max(overlap, 0):g} s"
         )
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, not {batch_size}")
     parameter = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
     for batch in _batches(cut(pieces, size, hop, short * size), batch_size):
         mixtures = np.stack([mixture for _, mixture in batch])
@@ -160,13 +167,17 @@ def _separate_blocks(
             raise UserError(f"{name} holds samples that are NaN or infinite")
         if np.abs(mixtures).max() > LOUDEST:
             raise UserError(f"{name} holds samples beyond {LOUDEST:g}, where 1 is full scale")
+        rumble = below_speech(mixtures, model.sample_rate)
+        heard = torch.from_numpy(mixtures - rumble)
         with torch.inference_mode():
-            estimates = model(torch.from_numpy(mixtures).to(parameter)).float().cpu().numpy()
+            estimates = model(heard.to(parameter)).float().cpu().numpy()
         if not np.abs(estimates).max() < ABSURD:
             raise UserError(f"of {name} the model gives samples that are NaN or absurdly loud")
-        for (start, mixture), found in zip(batch, estimates):
+        for (start, _), mixture, found, rest in zip(batch, heard.numpy(), estimates, rumble):
             if mixture_consistency:
                 found = make_consistent(found, mixture, model.sample_rate)
+                if len(found) > 1:
+                    found = found + rest / len(found)
             yield start, found
 
 
@@ -277,6 +288,12 @@ def separate_file(
     """
     rate, targets = model.sample_rate, [Path(target) for target in targets]
     check_formats(targets)
+    if peak is not None and not -math.inf < peak <= 0:
+        raise UserError(f"the peak must be 0 dB, which is full scale, or less, not {peak:g}")
+    if any(
+        target.exists() and os.path.exists(path) and target.samefile(path) for target in targets
+    ):
+        raise UserError(f"{path} would be written over by its own output")
     with open_recording(path) as recording, scratch(targets[0].parent) as store:
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
