@@ -5,6 +5,7 @@ so that ``--help`` and a wrong option do not wait for it.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -128,6 +129,10 @@ def check(options):
     """Finds what is wrong with speech or a mixture list before a training does."""
     from .data.check import check_list, check_speech, format_findings
 
+    if options.sample_rate is not None and options.sample_rate < 1:
+        raise UserError(f"--sample_rate must be at least 1 Hz, not {options.sample_rate}")
+    if not 0 <= options.shortest < math.inf:
+        raise UserError(f"--shortest must be 0 s or more, not {options.shortest:g}")
     of_a_list = {"speech": options.speech, "noise": options.noise}
     of_speech = {"sample_rate": options.sample_rate, "shortest": options.shortest}
     kind, idle = ("a folder", of_a_list) if options.path.is_dir() else ("a list", of_speech)
@@ -228,12 +233,23 @@ def _average_options(parser):
 @command("average", _average_options)
 def average(options):
     """Writes the model whose weights are the means of those of others."""
+    from .hub import locate
     from .models import from_pretrained
     from .transfer import average
+    from .weights import open_stored
 
     if options.out.exists():
         raise UserError(f"{options.out} is there already; give another name")
-    average([from_pretrained(name) for name in options.models]).save(options.out)
+    mean = average([from_pretrained(name) for name in options.models])
+    told = [open_stored(locate(name)).infos for name in options.models]
+    licences = [infos.get("licence") for infos in told]
+    data = [infos.get("training", {}).get("data") for infos in told]
+    about = {}  # what they agree in
+    if licences[0] and licences.count(licences[0]) == len(told):
+        about["licence"] = licences[0]
+    if data[0] and data.count(data[0]) == len(told):
+        about["training"] = {"data": data[0]}
+    mean.save(options.out, **about)
     print(options.out)
 
 

@@ -218,7 +218,8 @@ def begin_run(exp_dir, settings, given, may_change=MAY_CHANGE):
     if path.exists():
         begun = read_conf(path)
         recipe_dir = recipe_folder(exp_dir)
-        for key, what in (("speech", "speech"), ("noise_dir", "noise")):
+        corpora = [(key, key.removesuffix("_dir")) for key in ("speech", "noise_dir", *FOLDERS)]
+        for key, what in corpora:
             if not (begun.get(key) and given.get(key)):
                 continue
             before, now = recipe_dir / begun[key], recipe_dir / given[key]

@@ -16,7 +16,7 @@ import soxr
 import torch
 
 from .errors import UserError
-from .files import whole_file
+from .files import make_folder, whole_file
 from .hub import example_mixture
 from .models import Sepformer
 from .weights import told
@@ -297,19 +297,29 @@ class OnnxSeparator(torch.nn.Module):
 
     def forward(self, mixture):
         mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu").detach()
+        if mixture.ndim == 0:
+            raise UserError("a mixture has samples, (time,), and is no single number")
         if mixture.ndim > 2 and mixture.shape[-2] != 1:
             raise UserError(f"a mixture has one channel, not {mixture.shape[-2]}")
+        if mixture.numel() == 0:
+            lead = mixture.shape[:1] if mixture.ndim > 1 else ()
+            return mixture.new_zeros(*lead, self.n_src, mixture.shape[-1])
         batch = mixture.reshape(-1, mixture.shape[-1])
         padded = torch.nn.functional.pad(batch, (0, max(0, self.shortest - batch.shape[-1])))
         rows = [self.session.run(None, {"mixture": row[None].numpy()})[0] for row in padded]
         estimates = torch.from_numpy(np.concatenate(rows))[..., : mixture.shape[-1]]
         return estimates[0] if mixture.ndim == 1 else estimates
 
-    def separate(self, wav, **kwargs):
-        """Separates a file, an array or a tensor, as `asteroid.separate` does."""
+    def separate(self, wav, output_dir=None, **kwargs):
+        """Separates a file, an array or a tensor, as `asteroid.separate` does, which see.
+
+        `output_dir` is made if there is none.
+        """
         from asteroid import separate
 
-        return separate.separate(self, wav, **kwargs)
+        if output_dir is not None:
+            make_folder(output_dir)
+        return separate.separate(self, wav, output_dir, **kwargs)
 
     forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls
 

@@ -129,6 +129,8 @@ def reason(error):
     """The reason of an `OSError` in words a user can act on."""
     if error.errno == errno.ENOSPC:
         return "the disk is full; free some space and run the same command again"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is in the place of a folder"
     return error.strerror or str(error)
 
 

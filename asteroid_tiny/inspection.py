@@ -34,7 +34,7 @@ def open_model(name=None):
     Raises:
         UserError: If there is no such model.
     """
-    path = locate(name or DEFAULT)
+    path = locate(DEFAULT if name is None else name)
     if path.suffix == ".onnx":
         separator = OnnxSeparator(path)
         return separator, separator.about

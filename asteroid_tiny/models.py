@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from . import speechbrain
 from .errors import UserError
+from .files import make_folder
 from .filterbanks import build_filterbank
 from .hub import locate
 from .layers import ConvAttentionLayer, TransformerLayer
@@ -120,17 +121,24 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         return super().forward_encoder(F.pad(wav, (0, (short + abs(short)) // 2)))
 
     def forward_wav(self, wav, *args, **kwargs):
-        """As `forward`; Asteroid's `separate` calls it.
+        """As `forward`, for samples of any type; Asteroid's `separate` calls it.
 
         Raises:
             UserError: If the mixture holds samples that are NaN or infinite.
         """
+        wav = wav.to(getattr(next(self.parameters(), None), "dtype", torch.float32))
         if not wav.isfinite().all():
             raise UserError("the mixture holds samples that are NaN or infinite")
         estimates = self(wav, *args, **kwargs)
         if not estimates.any():  # of silence: `separate` divides by their sum
             estimates = estimates + torch.finfo(estimates.dtype).tiny
         return estimates
+
+    def separate(self, wav, output_dir=None, **kwargs):
+        """As `asteroid.separate`, which see; `output_dir` is made if there is none."""
+        if output_dir is not None:
+            make_folder(output_dir)
+        return super().separate(wav, output_dir, **kwargs)
 
     def get_model_args(self):
         """Arguments that build the same model again (dict)."""
@@ -143,11 +151,12 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         conf["infos"]["software_versions"] = {name: str(v) for name, v in versions.items()}
         return conf
 
-    def save(self, path):
+    def save(self, path, **about):
         """Writes `serialize()` to a file, whole or not at all.
 
         Args:
             path (str or Path): The file, by custom ``*.pth``.
+            **about: What else its infos shall tell: plain data, such as `licence`.
 
         Raises:
             UserError: If the file cannot be written, its name is one of another format, or an
@@ -160,7 +169,9 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
                 raise UserError(
                     f"a model whose {name} is a {type(value).__name__} cannot be stored"
                 )
-        save_whole(self.serialize(), path)
+        conf = self.serialize()
+        conf["infos"] |= about
+        save_whole(conf, path)
 
     def save_pretrained(self, folder, half=False, **about):
         """Writes the model as `model.safetensors` and `config.json`, for `from_pretrained`.

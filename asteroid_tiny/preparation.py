@@ -21,7 +21,7 @@ from .data import (
     wsj0mix,
 )
 from .data.check import check_dir, check_noise, check_speech, format_findings
-from .data.kaldi import SPLITS
+from .data.kaldi import SPLITS, read_table
 from .data.mixing import check_speakers
 from .errors import UserError
 from .files import whole_file
@@ -69,8 +69,19 @@ def check_options(settings, defaults, given):
 
 
 def open_split(exp_dir, settings, split):
-    """The `SpeechDir` of a split."""
+    """The `SpeechDir` of a split.
+
+    Raises:
+        UserError: If the speech is no longer where stage 0 found it.
+    """
     folder = speech_folder(exp_dir, settings) / split
+    if settings["corpus"] != "kaldi" and (folder / "wav.scp").exists():
+        first = next(iter(read_table(folder / "wav.scp").values()), None)
+        if first and not (folder / first).is_file():
+            raise UserError(
+                f"{first} is missing; if the corpus was moved, run again from --stage 0 with the "
+                "place where it is now"
+            )
     return SpeechDir(folder, settings["sample_rate"], convert=settings["corpus"] in LISTED)
 
 

@@ -160,3 +160,28 @@ def test_help_names_every_subcommand(capsys):
     text = capsys.readouterr().out
     for name in "separate infer info check evaluate average export publish demo".split():
         assert f"  {name}" in text
+
+
+def test_check_looks_for_the_rate_and_the_length_that_are_asked_for(voices, capsys):
+    for option, value, kind in (("--sample_rate", 16000, "rate"), ("--shortest", 5, "short")):
+        assert status("check", voices, option, value) == 1
+        assert f"4  {kind}" in capsys.readouterr().out
+    for option, value in (("--sample_rate", 0), ("--shortest", "nan"), ("--speech", "nowhere")):
+        assert status("check", voices, option, value) == 2
+        assert option in capsys.readouterr().err
+    listed = ("check", voices / "wav.scp", "--speech", voices)
+    assert status(*listed, "--shortest", 9) == 2
+    assert "--shortest has no effect on a list" in capsys.readouterr().err
+
+
+def test_a_mean_tells_the_licence_and_the_data_that_its_models_agree_in(tmp_path, capsys):
+    data = {"name": "Corpus", "licence": "CC BY 4.0"}
+    for name, other in (("a", {}), ("b", {}), ("c", {"licence": "mit"})):
+        about = {"licence": "cc-by-4.0", "training": {"data": data, "steps": 5}} | other
+        small().save_pretrained(tmp_path / name, **about)
+    for names, licence in (("ab", "cc-by-4.0"), ("ac", "not told")):
+        mean = tmp_path / f"{names}.pth"
+        main(["average", *(str(tmp_path / name) for name in names), "-o", str(mean)])
+        main(["info", str(mean)])
+        told = capsys.readouterr().out
+        assert f"licence         {licence}" in told and "trained on      Corpus" in told

@@ -36,6 +36,7 @@ DEFAULTS = {
     "share_layers": None,
     "num_workers": 4,
     "noise_dir": None,
+    "librimix_dir": None,
     "accelerator": "auto",
     "precision": "auto",
 }
@@ -245,7 +246,10 @@ def test_a_run_may_move_to_another_machine(tmp_path):
     assert begin(tmp_path) == moved
 
 
-@pytest.mark.parametrize("key, what", [("speech", "speech"), ("noise_dir", "noise")])
+@pytest.mark.parametrize(
+    "key, what",
+    [("speech", "speech"), ("noise_dir", "noise"), ("librimix_dir", "librimix")],
+)
 def test_a_run_keeps_its_speech_and_noise_while_they_are_there(tmp_path, refused, key, what):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -157,3 +157,66 @@ def test_what_is_no_file_of_a_separator_is_refused(tmp_path, refused):
     (tmp_path / "text.onnx").write_text("no model")
     with refused("text.onnx is no ONNX file"):
         OnnxSeparator(tmp_path / "text.onnx")
+
+
+def test_int8_is_what_the_command_line_was_asked_for(exported, tmp_path, monkeypatch):
+    model, path, _ = exported
+    model.save(tmp_path / "model.pth")
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(path, part))
+    monkeypatch.setattr(export, "MOST_SIZE", 0.8)
+    command = ["export", str(tmp_path / "model.pth"), "--quantize", "int8"]
+    cli.main([*command, "-o", str(tmp_path / "int8.onnx")])
+    assert OnnxSeparator(tmp_path / "int8.onnx").facts["precision"] == "int8"
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.8 * path.stat().st_size
+
+
+def test_a_name_without_the_suffix_is_refused(exported, tmp_path, capsys):
+    exported[0].save(tmp_path / "model.pth")
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(tmp_path / "model.pth"), "-o", str(tmp_path / "model.bin")])
+    assert "name the file *.onnx" in capsys.readouterr().err
+    assert not (tmp_path / "model.bin").exists()
+
+
+def test_int8_that_is_close_but_not_small_is_refused(exported, tmp_path, refused, monkeypatch):
+    model, path, _ = exported
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(path, part))
+    monkeypatch.setattr(export, "MOST_SIZE", 0.01)
+    monkeypatch.setattr(export, "LEAST_DB", 0.0)
+    with refused("int8 would take", "nothing was kept"):
+        export_onnx(model, tmp_path / "model.onnx", "int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_file_that_makes_sound_of_silence_is_not_kept(
+    exported, tmp_path, refused, monkeypatch, quantize
+):
+    model, path, _ = exported
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(path, part))
+    monkeypatch.setattr(export, "MOST_SIZE", 0.8)
+    monkeypatch.setattr(export, "SILENCE", -1.0)
+    if quantize:
+        monkeypatch.setattr(export, "check_lengths", lambda *_: 0.0)
+    with refused("does not leave silence silent"):
+        export_onnx(model, tmp_path / "model.onnx", quantize)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_of_something_else_is_refused(exported, tmp_path, refused):
+    file = onnx.load(exported[1])
+    file.graph.input[0].name = "image"
+    for node in file.graph.node:
+        node.input[:] = ["image" if name == "mixture" else name for name in node.input]
+    onnx.save(file, tmp_path / "other.onnx")
+    with refused("other.onnx is no separator"):
+        OnnxSeparator(tmp_path / "other.onnx")
+
+
+def test_mixtures_without_samples_and_of_no_shape_are_taken_or_refused(exported, refused):
+    separator = OnnxSeparator(exported[1])
+    assert separator(torch.zeros(0)).shape == (2, 0)
+    assert separator(torch.zeros(0, 800)).shape == (0, 2, 800)
+    assert separator(torch.zeros(3, 1, 0)).shape == (3, 2, 0)
+    with refused("no single number"):
+        separator(torch.tensor(1.0))

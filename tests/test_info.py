@@ -69,3 +69,11 @@ def test_numbers_of_strangers_are_numbers():
     metrics = {"si_sdr_i": 10**400, "sdr_i": True, "stoi": float("nan"), "sdr": 5.0}
     kept = told({"metrics": metrics, "training": {"steps": 5, "hours": "many", "init_from": "x"}})
     assert kept == {"metrics": {"sdr": 5.0}, "training": {"steps": 5}}
+
+
+def test_info_tells_times_in_the_units_that_it_names(tmp_path, capsys):
+    small(kernel_size=32, stride=8, chunk_size=100).save(tmp_path / "model.pth")
+    cli.main(["info", str(tmp_path / "model.pth")])
+    text = capsys.readouterr().out
+    assert "4 ms every 1 ms" in text  # 32 and 8 samples at 8000 Hz
+    assert "chunks          0.10 s" in text  # 99 hops of 1 ms and a frame

@@ -172,7 +172,9 @@ def generate(root, corpus, n_src, rate, mode):
 
 
 @pytest.mark.parametrize("task, mix", [("sep_clean", "mix_clean"), ("sep_noisy", "mix_both")])
-def test_a_generated_librimix_serves_as_well(corpus, prepared, tmp_path, capsys, task, mix):
+def test_a_generated_librimix_serves_as_well(
+    corpus, prepared, tmp_path, capsys, refused, task, mix
+):
     tree = generate(tmp_path / "made", corpus, 2, 8000, "min")
     exp_dir, settings = prepared(librimix_dir=str(tmp_path / "made"), task=task)
     listed = open_list(exp_dir, settings, "test")
@@ -183,6 +185,9 @@ def test_a_generated_librimix_serves_as_well(corpus, prepared, tmp_path, capsys,
         first, _ = sf.read(tree / "test" / "s1" / f"{at.mixture_id}.wav", dtype="float32")
         assert np.array_equal(sources[0], first)
     assert "differ" not in capsys.readouterr().out
+    (tmp_path / "made").rename(tmp_path / "moved")
+    with refused("is missing; if the corpus was moved, run again from --stage 0"):
+        open_list(exp_dir, settings, "test")
 
 
 @pytest.mark.parametrize(

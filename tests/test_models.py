@@ -328,3 +328,27 @@ def test_a_model_of_asteroid_by_the_same_name_is_not_replaced(monkeypatch):
             importlib.reload(models)
     finally:
         vars(models).update(before)
+
+
+def test_a_size_that_is_given_comes_before_that_of_the_preset():
+    args = TinySepformer.from_preset("tiny-sepformer-xs", **SIZES).get_model_args()
+    assert SIZES.items() <= args.items()
+    assert args["kernel_size"] == 64
+
+
+def test_with_masks_of_one_a_start_of_sinusoids_gives_the_mixture_back():
+    model, mixture = small(n_filters=32, fb_init="sinusoids"), torch.randn(1, 1, 800)
+    with torch.no_grad():
+        found = model.forward_decoder(model.forward_encoder(mixture)[:, None])
+    torch.testing.assert_close(found[..., 8:-8], mixture[..., 8:-8], rtol=0, atol=1e-5)
+
+
+@both_classes
+def test_separate_takes_samples_of_any_type_and_makes_the_folder(model_class, clips, tmp_path):
+    model, (voice, *_) = small(model_class), clips.values()
+    samples = voice[None, :8000] / np.float64(32768)
+    found = model.separate(samples)
+    np.testing.assert_allclose(found, model.separate(samples.astype(np.float32)), atol=1e-6)
+    sf.write(tmp_path / "talk.wav", samples[0], 8000)
+    model.separate(str(tmp_path / "talk.wav"), output_dir=tmp_path / "a" / "b")
+    assert len(list((tmp_path / "a" / "b").glob("talk_est*.wav"))) == 2

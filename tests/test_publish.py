@@ -287,3 +287,60 @@ def test_help_names_every_command_and_option(capsys):
         assert left.value.code == 0
         told = capsys.readouterr().out
         assert all(word in told for word in words)
+
+
+def test_private_and_only_what_is_public_goes_to_the_hub(tmp_path, about, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo, **options):
+            asked.update(options)
+
+        def upload_folder(self, **options):
+            asked.update(options)
+            return type("Commit", (), {"commit_url": ""})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    folder = publish(small(), tmp_path / "p", about)
+    cli.main(["publish", str(folder), "--push", "me/model", "--private"])
+    assert asked["private"] is True and "model.pth" not in asked["allow_patterns"]
+
+
+def test_a_card_tells_whose_data_it_began_with_and_whom_to_thank(tmp_path, about):
+    start = {"name": "base", "data": {"name": "Base Corpus", "licence": "CC BY-NC 4.0"}}
+    about |= dict(training={"steps": 5, "hours": 1, "init_from": start}, data_author="A. Nonym",
+                  credits="read by B. Reader", licence="My Own Licence 1")  # fmt: skip
+    card = (publish(small(), tmp_path / "p", about) / "README.md").read_text()
+    words = " ".join(card.split())
+    assert "began with the weights of base, which were trained on Base Corpus (CC BY-NC" in words
+    assert "by A. Nonym; licence" in words and "read by B. Reader" in words
+    assert "license: other license_name: my-own-licence-1" in words
+
+
+def test_rounding_is_judged_by_the_worst_signal_and_leaves_the_mode(clips):
+    model = small().train()
+    speech = torch.from_numpy(np.stack(list(clips.values()))[:, :8000] / np.float32(32768))
+    ratios = [rounding_db(model, [one]) for one in speech]
+    assert len(set(ratios)) > 1 and rounding_db(model, speech) == pytest.approx(min(ratios))
+    assert model.training
+    rounding_db(model.eval(), speech[:1])
+    assert not model.training
+
+
+def test_half_command_and_licence_reach_what_is_published(tmp_path, about, capsys):
+    small().save_pretrained(tmp_path / "m", licence="mit")
+    (tmp_path / "summary.json").write_text(json.dumps(about["summary"]))
+    command = ["publish", str(tmp_path / "m" / "model.safetensors"), "--out", str(tmp_path / "p")]
+    command += ["--name", "n", "--data_name", "d", "--data_licence", "CC0", "--half"]
+    command += ["--summary", str(tmp_path / "summary.json"), "--command", "make it"]
+    cli.main(command)
+    config = json.loads((tmp_path / "p" / CONFIG).read_text())
+    assert config["dtype"] == "float16" and config["licence"] == "mit"
+    assert "Made with `make it`" in (tmp_path / "p" / "README.md").read_text()
+    cli.main([*command, "--licence", "cc-by-4.0"])
+    assert json.loads((tmp_path / "p" / CONFIG).read_text())["licence"] == "cc-by-4.0"

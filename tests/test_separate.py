@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asteroid_tiny import cli, example_mixture
+from asteroid_tiny import TinySepformer, cli, example_mixture
 from asteroid_tiny.longform import blocks
 from asteroid_tiny.longform.folder import FAINT, find_recordings
 
@@ -167,7 +167,9 @@ def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
         (["--block", "inf"], "--block must be at least 0.5 s"),
         (["--peak", "3"], "--peak must be 0 dB"),
         (["--peak", "nan"], "--peak must be 0 dB"),
+        (["--batch", "0"], "and --batch at least 1"),
         (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
         (["-m", "none.pth"], "none.pth"),
     ],
 )
@@ -240,3 +242,72 @@ def test_memory_that_is_too_little_fails_one_recording(separate, talks, monkeypa
     status, out, err = separate(talks)
     assert status == 1 and "memory is too little; try a smaller --block" in err
     assert "3 separated" in out
+
+
+def test_block_batch_and_peak_are_those_that_are_asked_for(separate, clips, tmp_path, monkeypatch):
+    voice, *_ = clips.values()
+    sf.write(tmp_path / "talk.wav", np.tile(voice, 3), 8000)  # 12 s
+    shapes, forward = [], TinySepformer.forward
+
+    def seen(self, mixtures):
+        shapes.append(tuple(mixtures.shape))
+        return forward(self, mixtures)
+
+    monkeypatch.setattr(TinySepformer, "forward", seen)
+    options = ("--block", 2, "--batch", 4, "--peak", -6)
+    assert separate(tmp_path / "talk.wav", *options)[0] == 0
+    assert shapes == [(4, 16000), (4, 16000), (3, 16000)]  # a second from one to the next
+    tracks = [sf.read(tmp_path / "out" / f"talk_est{k}.wav")[0] for k in (1, 2)]
+    assert np.abs(tracks).max() == pytest.approx(10 ** (-6 / 20), abs=1e-3)
+
+
+def test_a_namesake_of_another_rate_is_not_taken_for_done(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    for rate in (8000, 16000):
+        (tmp_path / str(rate)).mkdir()
+        sf.write(tmp_path / str(rate) / "talk.wav", voice[:9000], rate)
+    assert separate(tmp_path / "8000" / "talk.wav")[0] == 0
+    status, _, errors = separate(tmp_path / "16000" / "talk.wav")
+    assert status == 1 and "talk_est1.wav is of another recording" in errors
+
+
+def test_recordings_that_are_named_like_outputs_are_separated_unless_they_are(
+    separate, clips, tmp_path
+):
+    voice, *_ = clips.values()
+    for name in ("in/x.wav", "in/x_est1.wav", "out/y_est1.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        sf.write(tmp_path / name, voice, 8000)
+    status, text, _ = separate(tmp_path / "in", tmp_path / "out")
+    assert status == 0 and "3 separated" in text and "left out" not in text
+
+
+def test_recordings_are_found_whatever_the_case_of_their_suffix_and_at_any_depth(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for name in ("1.WAV", "2.Mp3", "3.aif", "4.txt", "5.m4a"):
+        (folder / name).touch()
+    wanted = [folder / name for name in ("1.WAV", "2.Mp3", "3.aif", "5.m4a")]
+    assert find_recordings([str(folder)]) == wanted
+    assert find_recordings([str(tmp_path / "**" / "*.WAV")]) == wanted[:1]
+
+
+def test_of_namesakes_the_second_is_refused_also_if_the_first_was_done_before(
+    separate, clips, tmp_path
+):
+    voice, *_ = clips.values()
+    for name in ("a/talk.wav", "b/talk.wav"):
+        (tmp_path / name).parent.mkdir()
+        sf.write(tmp_path / name, voice, 8000)
+    assert separate(tmp_path / "a")[0] == 0
+    status, text, errors = separate(tmp_path / "a", tmp_path / "b")
+    assert status == 1 and "1 done before" in text and "would both be written to" in errors
+
+
+def test_a_name_that_is_too_long_fails_alone(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    longest = tmp_path / f"{'a' * 240}.wav"  # of which the estimates have names of 250
+    for path in (longest, tmp_path / "talk.wav"):
+        sf.write(path, voice[:9000], 8000)
+    status, text, errors = separate(longest, "y" * 300, tmp_path / "talk.wav")
+    assert status == 1 and "2 separated" in text and "yyy" in errors

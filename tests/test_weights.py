@@ -350,3 +350,9 @@ def test_filters_that_encoder_and_decoder_share_are_stored(who, tmp_path):
     twin, mixture = from_pretrained(tmp_path / "m"), torch.randn(1, 800)
     with torch.no_grad():
         assert torch.allclose(twin(mixture), model(mixture), atol=1e-6)
+
+
+def test_what_json_cannot_tell_is_not_written(tmp_path, refused):
+    with refused("cannot be described in config.json"):
+        small().save_pretrained(tmp_path / "m", metrics={"si_sdr_i": float("nan")})
+    assert not (tmp_path / "m").exists()

@@ -62,7 +62,7 @@ def separate_all(
         raise UserError(f"--peak must be 0 dB, which is full scale, or less, not {peak:g}")
     network, about = open_model(model)
     network.to(device)
-    print(made_for(model or DEFAULT, network, about))
+    print(made_for(DEFAULT if model is None else model, network, about))
     options = {
         "block": block,
         "overlap": block / 2,
