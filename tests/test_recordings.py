@@ -232,3 +232,15 @@ def test_a_raw_file_is_named_and_no_folder_is_searched_for_it(separate, talks):
     assert status == 1 and "samples.raw cannot be read" in errors
     assert "4 separated" in text and "1 failed" in text
     assert separate(talks, out="again")[0] == 0
+
+
+def test_channels_that_cancel_and_silence_are_told(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    opposite = np.stack([voice, -(voice * 0.95).astype(np.int16)], axis=-1)
+    sf.write(tmp_path / "opposite.wav", opposite, 8000)
+    sf.write(tmp_path / "stereo.wav", np.stack([voice, voice // 2], axis=-1), 8000)
+    sf.write(tmp_path / "silent.wav", np.zeros(8000), 8000)
+    lines = separate(*(tmp_path / f"{n}.wav" for n in ("opposite", "stereo", "silent")))[1]
+    opposite, stereo, silent = (line for line in lines.splitlines() if "_est1.wav" in line)
+    assert "its channels cancel each other" in opposite and "it is silent" in silent
+    assert "mean of its 2 channels was separated" in stereo and "cancel each other" not in stereo

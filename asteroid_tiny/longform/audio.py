@@ -38,6 +38,7 @@ FFMPEG_FORMATS = (
     "mp3 mpc mpc8 mpeg mpegts nistsphere ogg pcm qcp rm shn sox tak tta voc w64 wav wsd wv xwma"
 ).split()
 LONG_HEADER = 4096  # bytes: a file that is longer holds something
+CANCELLED = 100  # times less power in the mean of channels than in them
 LEAST_MISSING = 0.1  # s, of which it is told that they are missing at the end
 #: In one of the first frames of an MP3 whose length is no estimate, with the bit that says so.
 LENGTH_OF_MP3 = re.compile(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]")
@@ -67,12 +68,26 @@ class Recording:
 
     def pieces(self):
         """Yields the mean of the channels, a second or less at a time (numpy.ndarray)."""
+        energy = np.zeros(2)  # of all channels, and of their mean
         for block in self._blocks:
             self.n_read += len(block)
-            yield block.mean(axis=1)
+            mean = block.mean(axis=1)
+            energy += (
+                np.mean(block.astype(float) ** 2, axis=1).sum(),
+                np.sum(mean.astype(float) ** 2),
+            )
+            yield mean
         missing = (self._n_told - self.n_read) / self.sample_rate
         if missing > LEAST_MISSING:
-            self.warning = f"it ends {missing:.1f} s before the length that it tells"
+            self.warning = (
+                f"it may be incomplete; it ends {missing:.1f} s before the length that it tells"
+            )
+        elif energy[1] * CANCELLED < energy[0]:
+            self.warning = (
+                "its channels cancel each other in their mean; separate one of them alone"
+            )
+        elif self.n_read and not energy[0]:
+            self.warning = "it is silent"
 
 
 @contextlib.contextmanager
@@ -184,7 +199,7 @@ def _floats(path, recording, process, errors):
     how = "is damaged" if recording.n_read else "cannot be read"
     if status != 0 or (found and _ends_before(path, recording)):
         raise UserError(f"{path} {how}: {found or 'it ends too early'} (ffmpeg)")
-    recording.warning = f"ffmpeg says: {found}" if found else ""
+    recording.warning = f"it may be incomplete; ffmpeg says: {found}" if found else ""
 
 
 def _ffmpeg(path, form, codec, *options):

@@ -203,7 +203,7 @@ def notes_on(done):
     if done["n_channels"] > 1:
         notes.append(f"the mean of its {done['n_channels']} channels was separated")
     if done["warning"]:
-        notes.append(f"it may be incomplete; {done['warning']}")
+        notes.append(done["warning"])
     if f"{done['gain']:.3g}" != "1":
         notes.append(f"gain {done['gain']:.3g}")
     for k, level in enumerate(done["levels"], start=1):
