@@ -61,6 +61,12 @@ def test_check_takes_a_list(voices, tmp_path, capsys):
     assert "2 times" in capsys.readouterr().out
     assert status("check", tmp_path / "list.csv") == 2
     assert "give --speech" in capsys.readouterr().err
+    noisy = [mixture._replace(noise=mixture.sources[0]) for mixture in mixtures]
+    write_list(tmp_path / "list.csv", noisy, 8000)
+    listed = ("check", tmp_path / "list.csv", "--speech", voices)
+    assert status(*listed) == 1 and "does not have noise" in capsys.readouterr().out
+    main([*map(str, listed), "--noise", str(voices)])
+    assert "nothing found" in capsys.readouterr().out
 
 
 def test_evaluate_measures_the_speakers_that_are_asked_for(model, voices, tmp_path, capsys):

@@ -181,7 +181,7 @@ def _through_ffmpeg(path, why, told):
                 raise UserError(f"{path} cannot be read: {told} (ffmpeg)")
             _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
             process.stdout.read(start - AU_HEADER)
-            recording = Recording(rate, n_channels, None, None, told)
+            recording = Recording(rate, n_channels, told or None, None, told)
             recording._blocks = _floats(path, recording, process, errors)
             yield recording
         finally:  # maybe nobody wants the rest
