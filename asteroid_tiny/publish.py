@@ -79,7 +79,8 @@ def publish(model, folder, about, half=False, signals=None):
         db = rounding_db(model, signals)
         half = db >= HALF_DB
         bits = 16 if half else 32
-        print(f"  estimates of 16-bit weights: SI-SDR {db:.1f} dB, so {bits} bits are stored")
+        reached = f"SI-SDR {db:.1f} dB" if db < 200 else "the same"  # of weights of 16 bits already
+        print(f"  estimates of 16-bit weights: {reached}, so {bits} bits are stored")
     conf = model.serialize()
     if half:
         conf["state_dict"] = {key: tensor.half() for key, tensor in conf["state_dict"].items()}
