@@ -310,7 +310,7 @@ class OnnxSeparator(torch.nn.Module):
         estimates = torch.from_numpy(np.concatenate(rows))[..., : mixture.shape[-1]]
         return estimates[0] if mixture.ndim == 1 else estimates
 
-    def separate(self, wav, output_dir=None, **kwargs):
+    def separate(self, wav, output_dir=None, *args, **kwargs):
         """Separates a file, an array or a tensor, as `asteroid.separate` does, which see.
 
         `output_dir` is made if there is none.
@@ -319,7 +319,7 @@ class OnnxSeparator(torch.nn.Module):
 
         if output_dir is not None:
             make_folder(output_dir)
-        return separate.separate(self, wav, output_dir, **kwargs)
+        return separate.separate(self, wav, output_dir, *args, **kwargs)
 
     forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls
 

@@ -134,11 +134,11 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             estimates = estimates + torch.finfo(estimates.dtype).tiny
         return estimates
 
-    def separate(self, wav, output_dir=None, **kwargs):
+    def separate(self, wav, output_dir=None, *args, **kwargs):
         """As `asteroid.separate`, which see; `output_dir` is made if there is none."""
         if output_dir is not None:
             make_folder(output_dir)
-        return super().separate(wav, output_dir, **kwargs)
+        return super().separate(wav, output_dir, *args, **kwargs)
 
     def get_model_args(self):
         """Arguments that build the same model again (dict)."""

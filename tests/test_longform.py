@@ -93,6 +93,14 @@ def test_options_that_make_no_sense_are_refused(talk, refused, options):
         separate_long(Shares(0.5, 0.5), talk, **options)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int16, np.uint8])
+def test_pieces_may_be_of_any_type(talk, dtype):
+    piece = (100 + 50 * talk[: 3 * RATE]).astype(dtype)
+    pieces = list(separate_stream(Shares(0.75, 0.25), [piece], 2.0, 1.0))
+    assert {found.dtype for found in pieces} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1).sum(0), piece, atol=1e-3)
+
+
 def test_offsets_and_rumble_change_nothing_that_is_heard(valid_speech):
     model = TinySepformer.from_preset("tiny-sepformer-xs").eval()
     names = [next(iter(names)) for names in valid_speech.by_speaker.values()][:2]

@@ -103,7 +103,7 @@ def test_mp3_that_ends_early_is_told_without_ffmpeg_too(separate, talks, monkeyp
     content = source.read_bytes()
     source.write_bytes(content[: len(content) // 2])
     status, text, _ = separate(source)
-    assert status == 0 and "it may be incomplete; it ends 2." in text or "it ends 1." in text
+    assert status == 0 and re.search(r"it may be incomplete; it ends [12]\.. s", text)
 
 
 @pytest.mark.parametrize("container", ["WAV", "WAVEX"])
@@ -122,6 +122,15 @@ def test_a_wav_file_that_was_cut_short_is_told(separate, clips, tmp_path, contai
     line = next(line for line in text.splitlines() if "cut.wav" in line)
     assert f"it ends {half:.1f} s before the length that it tells" in line
     assert sf.info(tmp_path / "out" / "cut_est1.wav").duration == pytest.approx(half, abs=0.01)
+
+
+def test_a_wav_file_that_is_a_header_alone_fails_alone(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    for name in ("a_header", "whole"):
+        sf.write(tmp_path / f"{name}.wav", voice, 8000)
+    (tmp_path / "a_header.wav").write_bytes((tmp_path / "a_header.wav").read_bytes()[:44])
+    status, text, errors = separate(tmp_path / "a_header.wav", tmp_path / "whole.wav")
+    assert status == 1 and "1 separated" in text and "a_header.wav holds no samples" in errors
 
 
 @needs_ffmpeg
@@ -240,7 +249,13 @@ def test_channels_that_cancel_and_silence_are_told(separate, clips, tmp_path):
     sf.write(tmp_path / "opposite.wav", opposite, 8000)
     sf.write(tmp_path / "stereo.wav", np.stack([voice, voice // 2], axis=-1), 8000)
     sf.write(tmp_path / "silent.wav", np.zeros(8000), 8000)
-    lines = separate(*(tmp_path / f"{n}.wav" for n in ("opposite", "stereo", "silent")))[1]
-    opposite, stereo, silent = (line for line in lines.splitlines() if "_est1.wav" in line)
+    offsets = voice[:, None] / 65536 + np.array([0.2, -0.2])
+    sf.write(tmp_path / "offsets.wav", offsets, 8000)
+    names = "opposite", "stereo", "silent", "offsets"
+    lines = separate(*(tmp_path / f"{name}.wav" for name in names))[1]
+    opposite, stereo, silent, offsets = (line for line in lines.splitlines() if "_est1.wav" in line)
     assert "its channels cancel each other" in opposite and "it is silent" in silent
-    assert "mean of its 2 channels was separated" in stereo and "cancel each other" not in stereo
+    assert (
+        "mean of its 2 channels was separated" in stereo
+        and "cancel each other" not in stereo + offsets
+    )

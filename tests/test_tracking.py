@@ -36,6 +36,19 @@ def test_voices_keep_speakers_in_one_file_and_a_whole_recording_better_than_a_st
     assert whole < 0.5 * at_once
 
 
+@pytest.mark.parametrize("times", [1, 5])
+def test_an_offset_does_not_make_speakers_change_places(conversations, times):
+    for sources in conversations[:3]:
+        mixture = sources.sum(0)
+        offset = np.float32(times * mixture.std())
+        starts = [start for start, _ in cut([mixture], 4 * RATE, 2 * RATE)]
+        still, moved = (
+            separate_long(Oracle(sources, starts), mixture + x, block=4.0, overlap=2.0)
+            for x in (0, offset)
+        )
+        np.testing.assert_allclose(moved - offset / 2, still, atol=0.01)
+
+
 @pytest.mark.parametrize("n_src", [1, 2, 3])
 def test_places_are_changed_where_the_voices_tell_and_the_overlaps_allow_it(n_src):
     rng = np.random.default_rng(0)

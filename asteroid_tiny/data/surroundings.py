@@ -112,7 +112,8 @@ def by_a_microphone(mixture, sources, rng, sample_rate):
         mixture is as loud as it was.
     """
     low = math.exp(rng.uniform(*np.log(LOW_CUT)))
-    high = math.exp(rng.uniform(*np.log([HIGH_CUT[0], HIGH_CUT[1] * sample_rate / 2])))
+    highest = max(HIGH_CUT[0], HIGH_CUT[1] * sample_rate / 2)
+    high = math.exp(rng.uniform(math.log(HIGH_CUT[0]), math.log(highest)))
     low_order, high_order = rng.integers(ORDER[0], ORDER[1] + 1, 2)
     length = len(mixture) + round(0.1 * sample_rate)  # in which the filters ring out
     frequencies = np.fft.rfftfreq(length, 1 / sample_rate)

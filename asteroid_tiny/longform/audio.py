@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from scipy.signal import butter, sosfilt, sosfilt_zi
 
 from ..data.kaldi import NO_LENGTH, check_finite, check_whole
 from ..errors import UserError, printable
 from ..files import reason, whole_file
+from .levels import RUMBLE
 
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
 FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
@@ -68,25 +70,23 @@ class Recording:
 
     def pieces(self):
         """Yields the mean of the channels, a second or less at a time (numpy.ndarray)."""
-        energy = np.zeros(2)  # of all channels, and of their mean
+        power, loudest = np.zeros(2), 0.0  # of all channels, and of their mean
         for block in self._blocks:
             self.n_read += len(block)
-            mean = block.mean(axis=1)
-            energy += (
-                np.mean(block.astype(float) ** 2, axis=1).sum(),
-                np.sum(mean.astype(float) ** 2),
-            )
+            mean, still = block.mean(axis=1), block - block.mean(axis=0)  # offsets do not cancel
+            power += np.square(still).mean(axis=1).sum(), np.square(still.mean(axis=1)).sum()
+            loudest = max(loudest, float(np.abs(block).max(initial=0)))
             yield mean
         missing = (self._n_told - self.n_read) / self.sample_rate
         if missing > LEAST_MISSING:
             self.warning = (
                 f"it may be incomplete; it ends {missing:.1f} s before the length that it tells"
             )
-        elif energy[1] * CANCELLED < energy[0]:
+        elif not self.warning and power[1] * CANCELLED < power[0]:
             self.warning = (
                 "its channels cancel each other in their mean; separate one of them alone"
             )
-        elif self.n_read and not energy[0]:
+        elif not self.warning and self.n_read and not loudest:
             self.warning = "it is silent"
 
 
@@ -145,7 +145,7 @@ def _length_told(path, file):
             name, length = struct.unpack("<4sI", raw.read(8).ljust(8, b"\0"))
             if name == b"data":
                 held = size - place - 8
-                return file.frames * length // held if held < length < UNKNOWN_OF_WAV else 0
+                return file.frames * length // held if 0 < held < length < UNKNOWN_OF_WAV else 0
             place += 8 + length + length % 2
     return 0
 
@@ -285,13 +285,16 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
     Raises:
         UserError: If a file cannot be written.
     """
-    highest, energy, total, n_samples = 0.0, np.zeros(len(targets)), np.zeros(len(targets)), 0
+    highest, energy, n_samples, state = 0.0, np.zeros(len(targets)), 0, None
+    sos = butter(4, min(RUMBLE, sample_rate / 8), "highpass", fs=sample_rate, output="sos")
     for piece in make_pieces():
         n_samples += len(piece)
         highest = max(highest, float(np.abs(piece).max(initial=0)))
-        energy += np.square(piece, dtype=float).sum(0)
-        total += piece.sum(0, dtype=float)
-    energy = (energy - total**2 / max(n_samples, 1)).clip(0)  # an offset is not heard
+        if len(piece):  # offsets and rumble are not heard
+            if state is None:
+                state = sosfilt_zi(sos)[..., None] * piece[0]
+            heard, state = sosfilt(sos, piece, axis=0, zi=state)
+            energy += np.square(heard).sum(0)
     gain = min(1.0, FULL_SCALE / max(highest, 1e-9))
     if peak is not None and highest > 0:
         gain = min(10 ** (peak / 20), FULL_SCALE) / highest

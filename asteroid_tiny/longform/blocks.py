@@ -62,14 +62,14 @@ def separate_stream(
         UserError: If samples are not finite, or the overlap does not fit the block.
     """
     tracker = joined = None
-    for start, estimates in _separate_blocks(
+    for start, estimates, rumble in _separate_blocks(
         model, pieces, block, overlap, batch_size, mixture_consistency
     ):
         if tracker is None:
             tracker = SpeakerTracker(len(estimates), model.sample_rate, memory)
             joined = _Join(len(estimates))
         yield joined.take(until=start)
-        joined.add(estimates[tracker.order(estimates, start)])
+        joined.add(estimates[tracker.order(estimates, start)] + rumble)
     if joined is not None:
         yield joined.take()
 
@@ -167,18 +167,19 @@ def _separate_blocks(
             raise UserError(f"{name} holds samples that are NaN or infinite")
         if np.abs(mixtures).max() > LOUDEST:
             raise UserError(f"{name} holds samples beyond {LOUDEST:g}, where 1 is full scale")
+        mixtures = mixtures.astype(np.float32)
         rumble = below_speech(mixtures, model.sample_rate)
         heard = torch.from_numpy(mixtures - rumble)
         with torch.inference_mode():
             estimates = model(heard.to(parameter)).float().cpu().numpy()
         if not np.abs(estimates).max() < ABSURD:
             raise UserError(f"of {name} the model gives samples that are NaN or absurdly loud")
+        n_src = estimates.shape[1]
+        rumble = rumble / n_src if mixture_consistency and n_src > 1 else 0 * rumble
         for (start, _), mixture, found, rest in zip(batch, heard.numpy(), estimates, rumble):
             if mixture_consistency:
                 found = make_consistent(found, mixture, model.sample_rate)
-                if len(found) > 1:
-                    found = found + rest / len(found)
-            yield start, found
+            yield start, found, rest
 
 
 def _batches(items, size):
@@ -228,14 +229,14 @@ class _Whole:
     def separate(self, model, pieces, memory=True, **options):
         """Separates all blocks; yields the number of samples that are done (int)."""
         self.fade = max(1, round(FADE * model.sample_rate))
-        for start, estimates in _separate_blocks(model, pieces, short=SHORT, **options):
+        for start, estimates, rumble in _separate_blocks(model, pieces, short=SHORT, **options):
             if self.n_src is None:
                 self.n_src = len(estimates)
                 tracker = SpeakerTracker(self.n_src, model.sample_rate, memory)
             tracker.order(estimates, start)
             self.places.append((start, estimates.shape[1]))
             try:
-                self.store.write(estimates.astype(np.float32).tobytes())
+                self.store.write((estimates + rumble).astype(np.float32).tobytes())
                 self.store.flush()
             except OSError as error:
                 raise UserError(f"{self.name} could not be written: {reason(error)}") from None
@@ -290,9 +291,8 @@ def separate_file(
     check_formats(targets)
     if peak is not None and not -math.inf < peak <= 0:
         raise UserError(f"the peak must be 0 dB, which is full scale, or less, not {peak:g}")
-    if any(
-        target.exists() and os.path.exists(path) and target.samefile(path) for target in targets
-    ):
+    there = [target for target in targets if os.path.exists(target) and os.path.exists(path)]
+    if any(target.samefile(path) for target in there):
         raise UserError(f"{path} would be written over by its own output")
     with open_recording(path) as recording, scratch(targets[0].parent) as store:
         pieces = resample(recording.pieces(), recording.sample_rate, rate)

@@ -87,4 +87,4 @@ def below_speech(mixtures, sample_rate):
         return np.broadcast_to(mixtures.mean(axis=-1, keepdims=True), mixtures.shape)
     sos = butter(2, min(RUMBLE, sample_rate / 8), fs=sample_rate, output="sos")
     reach = min(n_samples - 1, round(sample_rate / RUMBLE * 4))
-    return sosfiltfilt(sos, mixtures, padlen=reach).astype(mixtures.dtype)
+    return sosfiltfilt(sos, mixtures, padlen=reach, padtype="even").astype(mixtures.dtype)
