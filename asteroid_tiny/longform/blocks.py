@@ -56,7 +56,9 @@ def separate_stream(
 
     Yields:
         numpy.ndarray: (n_src, time) float32, in all as many samples as the recording. A recording
-        that fits in one block is separated as the model does it.
+        that fits in one block is separated as the model does it, but for `levels.below_speech`,
+        which the model does not hear; all sources get the same of it, without
+        `mixture_consistency` and from models of one source none.
 
     Raises:
         UserError: If samples are not finite, or the overlap does not fit the block.
