@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conversations import RATE, conversation
+from scipy.signal import butter, sosfiltfilt
 from small import Shares, small
 from sounds import level
 
@@ -99,6 +100,15 @@ def test_pieces_may_be_of_any_type(talk, dtype):
     pieces = list(separate_stream(Shares(0.75, 0.25), [piece], 2.0, 1.0))
     assert {found.dtype for found in pieces} == {np.dtype(np.float32)}
     np.testing.assert_allclose(np.concatenate(pieces, axis=1).sum(0), piece, atol=1e-3)
+
+
+def test_blocks_that_begin_amid_speech_keep_it(valid_speech):
+    speech = np.concatenate([valid_speech.read(u) for u in list(valid_speech.utterances)[:5]])
+    sos = butter(8, 100, "high", fs=RATE, output="sos")
+    starts = np.random.default_rng(0).integers(0, len(speech) - 4000, 60)
+    cuts = np.stack([sosfiltfilt(sos, speech)[start : start + 4000] for start in starts])
+    ends = [level(rest[:80]) for rest in below_speech(cuts, RATE)]
+    assert np.percentile(ends - np.array([level(samples) for samples in cuts]), 90) < -12
 
 
 def test_offsets_and_rumble_change_nothing_that_is_heard(valid_speech):
