@@ -85,14 +85,19 @@ def noise_for(mixture, rng, sample_rate, snr, recorded=None):
 
 def _simulated(length, rng, sample_rate):
     frequencies = np.fft.rfftfreq(length, 1 / sample_rate)
-    octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
-    bumps = rng.normal(0, BUMPS, 1 + math.ceil(octaves.max()))
-    spectrum = rng.uniform(*SLOPE) * octaves + np.interp(octaves, np.arange(len(bumps)), bumps)
-    waves = rng.normal(size=(2, len(octaves))) * 10 ** (spectrum / 20)
+    spectrum = _sloping(frequencies, rng, SLOPE, BUMPS)
+    waves = rng.normal(size=(2, len(spectrum))) * 10 ** (spectrum / 20)
     seconds = np.arange(length) / sample_rate
     swell = rng.uniform(*SWELL) * rng.normal(size=2 + math.ceil(length / sample_rate))
     noise = np.fft.irfft(waves[0] + 1j * waves[1], length)
     return noise * 10 ** (np.interp(seconds, np.arange(len(swell)), swell) / 20)
+
+
+def _sloping(frequencies, rng, slopes, bumps):
+    """A curve in dB that slopes by one of `slopes` per octave, uneven from octave to octave."""
+    octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
+    uneven = rng.normal(0, bumps, 1 + math.ceil(octaves.max()))
+    return rng.uniform(*slopes) * octaves + np.interp(octaves, np.arange(len(uneven)), uneven)
 
 
 def by_a_microphone(mixture, sources, rng, sample_rate):
@@ -117,9 +122,7 @@ def by_a_microphone(mixture, sources, rng, sample_rate):
     low_order, high_order = rng.integers(ORDER[0], ORDER[1] + 1, 2)
     length = len(mixture) + round(0.1 * sample_rate)  # in which the filters ring out
     frequencies = np.fft.rfftfreq(length, 1 / sample_rate)
-    octaves = np.log2(np.maximum(frequencies / LOWEST, 1))
-    bumps = rng.normal(0, UNEVEN, 1 + math.ceil(octaves.max()))
-    decibels = rng.uniform(*TILT) * octaves + np.interp(octaves, np.arange(len(bumps)), bumps)
+    decibels = _sloping(frequencies, rng, TILT, UNEVEN)
     decibels -= 10 * np.log10(1 + (low / np.maximum(frequencies, 1)) ** (2 * low_order))
     decibels -= 10 * np.log10(1 + (frequencies / high) ** (2 * high_order))
     signals = np.concatenate([mixture.numpy()[None], sources.numpy()])
