@@ -229,6 +229,8 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path, talk, refused):
     path = write(tmp_path / "talk.wav", talk, RATE)
     with refused("1.wav", "is there twice"):
         separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.wav", f"{tmp_path}/./1.wav"])
+    with refused("1.wav is one file", "one a speaker"):
+        separate_file(Shares(0.5, 0.5), path, f"{tmp_path}/1.wav")
     assert not (tmp_path / "1.wav").exists()
 
 

@@ -289,6 +289,8 @@ def separate_file(
     Raises:
         UserError: If the recording cannot be read, or the files cannot be written.
     """
+    if isinstance(targets, (str, os.PathLike)):
+        raise UserError(f"{targets} is one file; give a list of files, one a speaker")
     rate, targets = model.sample_rate, [Path(target) for target in targets]
     check_formats(targets)
     if peak is not None and not -math.inf < peak <= 0:
