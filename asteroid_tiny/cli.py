@@ -42,7 +42,9 @@ def _separate_options(parser):
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="recordings, folders of them, or globs in quotes")
-    add("-m", "--model", metavar="MODEL", help="name, file, address or hub id of a model")
+    add("-m", "--model", metavar="MODEL", help="name, file, address or hub id of a model; by "
+        "default one of two packaged for two speakers: of 16 kHz for recordings of that rate and "
+        "above, else of 8 kHz")  # fmt: skip
     add("-o", "--out", default="separated", metavar="DIR", help="folder to write to (%(default)s)")
     add("--format", default="wav", choices=("wav", "flac", "ogg"), help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ..; a GPU by default, if there is one")

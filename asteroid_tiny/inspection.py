@@ -16,6 +16,7 @@ from .models import from_pretrained
 from .weights import open_stored
 
 DEFAULT = "tiny-sepformer-xs-stride16_2spk_8k"
+WIDE = "tiny-sepformer-xs-stride32_2spk_16k"
 MEMORY_SECONDS = 4
 SHOWN = ("si_sdr_i", "sdr_i", "stoi", "n_mixtures")  # of the metrics
 #: What the other lines say, of what is told about a model.
@@ -39,6 +40,12 @@ def open_model(name=None):
         separator = OnnxSeparator(path)
         return separator, separator.about
     return from_pretrained(path).eval(), open_stored(path).infos
+
+
+def default_for(sample_rate):
+    """The packaged model for recordings of a rate in Hz (str): one that hears 8 kHz of the band,
+    where there is so much, else `DEFAULT`."""
+    return WIDE if sample_rate >= 16000 else DEFAULT
 
 
 def speech_of(about):

@@ -35,19 +35,19 @@ def conversation(speech, speakers, seconds, seed=0):
     Returns:
         numpy.ndarray: Sources, (n_src, time), the speakers 0 to 5 dB apart.
     """
-    rng = np.random.default_rng(seed)
+    rng, rate = np.random.default_rng(seed), speech.sample_rate
     voices = [_Voice(speech, speaker, rng) for speaker in speakers]
-    sources = np.zeros((len(speakers), round(seconds * RATE)), np.float32)
+    sources = np.zeros((len(speakers), round(seconds * rate)), np.float32)
     start, who = 0, 0
     while start < sources.shape[1]:
-        samples = voices[who].talk(round(rng.uniform(1, 8) * RATE))
+        samples = voices[who].talk(round(rng.uniform(1, 8) * rate))
         place = sources[who, start : start + len(samples)]
         place += samples[: len(place)]
         last, who = who, int(rng.integers(len(speakers)))
         gap = rng.uniform(0.5, 4)
         if who != last and rng.random() < 0.4:
-            gap = -min(rng.uniform(0.5, 3), 0.7 * len(samples) / RATE)
-        start += len(samples) + round(gap * RATE)
+            gap = -min(rng.uniform(0.5, 3), 0.7 * len(samples) / rate)
+        start += len(samples) + round(gap * rate)
     return sources * 10 ** (-rng.uniform(0, 5, (len(speakers), 1)) / 20).astype(np.float32)
 
 
@@ -93,9 +93,10 @@ class Oracle:
         return torch.from_numpy(found.astype(np.float32))
 
 
-def wrong_share(sources, tracks, seconds=0.25):
-    """Share of the time of speech in which a speaker is not in the file that is his otherwise."""
-    n_src, frame = len(sources), round(seconds * RATE)
+def wrong_share(sources, tracks, frame=RATE // 4):
+    """Share of the time of speech in which a speaker is not in the file that is his otherwise, by
+    frames of so many samples."""
+    n_src = len(sources)
     n_frames = sources.shape[1] // frame
     cut_up = [x[:, : n_frames * frame].reshape(n_src, n_frames, frame) for x in (sources, tracks)]
     levels = (cut_up[0] ** 2).mean(-1) / (sources**2).mean(-1, keepdims=True)
@@ -136,11 +137,12 @@ def peer(sources, block):
     return LambdaOverlapAdd(Oracle(sources, starts), len(sources), size)(mixture)[0].numpy()
 
 
-def best_order(model, sources, block):
-    """Tracks of which every block is in the order that fits the sources best: a lower bound."""
+def best_order(model, sources, n_samples):
+    """Tracks of which every block of so many samples is in the order that fits the sources best: a
+    lower bound."""
     tracks = np.zeros_like(sources)
-    for start in range(0, sources.shape[1], round(block * RATE)):
-        part = sources[:, start : start + round(block * RATE)]
+    for start in range(0, sources.shape[1], n_samples):
+        part = sources[:, start : start + n_samples]
         with torch.inference_mode():
             found = model(torch.from_numpy(part.sum(0))).reshape(part.shape).numpy()
         lengths = np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
@@ -155,7 +157,9 @@ def with_model(name, folder, how=None):
     """The same with a true model and speakers of a Kaldi data dir, of a kind of conversations."""
     from asteroid.dsp.overlap_add import LambdaOverlapAdd
 
-    model, speech = from_pretrained(name).eval(), SpeechDir(folder, RATE, convert=True)
+    model = from_pretrained(name).eval()
+    rate = round(model.sample_rate)
+    speech = SpeechDir(folder, rate, convert=True)
     rng = np.random.default_rng(0)
     short = (4,), 120, (5, 12)
     blocks, n_conversations, seconds = short if how == "short" else ((4, 8), 12, (90, 90))
@@ -166,10 +170,10 @@ def with_model(name, folder, how=None):
             sources = _drawn(speech, model.n_src, seconds, rng, seed)
             if how == "rooms":
                 room = np.random.default_rng(seed)
-                sources = in_a_room(torch.from_numpy(sources), room, RATE).numpy()
+                sources = in_a_room(torch.from_numpy(sources), room, rate).numpy()
             mixture, half = sources.sum(0), block / 2
             with torch.inference_mode():
-                added = LambdaOverlapAdd(model, model.n_src, block * RATE)(
+                added = LambdaOverlapAdd(model, model.n_src, block * rate)(
                     torch.from_numpy(mixture)[None, None]
                 )
             tracks = [
@@ -177,9 +181,9 @@ def with_model(name, folder, how=None):
                 separate_long(model, mixture, block=block, overlap=half, memory=False),
                 np.concatenate(list(separate_stream(model, [mixture], block, half)), axis=1),
                 separate_long(model, mixture, block=block, overlap=half),
-                best_order(model, sources, block),
+                best_order(model, sources, block * rate),
             ]
-            shares.append([wrong_share(sources, np.asarray(x)) for x in tracks])
+            shares.append([wrong_share(sources, np.asarray(x), rate // 4) for x in tracks])
         means = "  ".join(f"{100 * share:9.1f} %" for share in np.mean(shares, axis=0))
         print(f"{block:3} s {means}", flush=True)
 

@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile as sf
+from scipy.signal import resample_poly
 
 from asteroid_tiny import TinySepformer, cli, example_mixture
+from asteroid_tiny.inspection import DEFAULT, WIDE
 from asteroid_tiny.longform import blocks
 from asteroid_tiny.longform.folder import FAINT, find_recordings
 
@@ -269,6 +271,22 @@ def test_a_namesake_of_another_rate_is_not_taken_for_done(separate, clips, tmp_p
     assert separate(tmp_path / "8000" / "talk.wav")[0] == 0
     status, _, errors = separate(tmp_path / "16000" / "talk.wav")
     assert status == 1 and "talk_est1.wav is of another recording" in errors
+
+
+def test_without_a_model_a_recording_gets_the_packaged_one_for_its_rate(clips, tmp_path, capsys):
+    voice, *_ = clips.values()
+    for rate in (8000, 11025, 16000, 44100):
+        sf.write(tmp_path / f"{rate}.wav", resample_poly(voice[:8000] / 2**15, rate, 8000), rate)
+    arguments = ["separate", *map(str, sorted(tmp_path.glob("*.wav"))), "--device", "cpu", "-o"]
+    cli.main([*arguments, str(tmp_path / "ours")])
+    text = capsys.readouterr().out
+    assert "4 separated" in text
+    for name, rates in ((DEFAULT, (8000, 11025)), (WIDE, (16000, 44100))):
+        assert text.count(f"{name} was made for") == 1
+        recordings = [str(tmp_path / f"{rate}.wav") for rate in rates]
+        cli.main(["separate", *recordings, *arguments[-3:], str(tmp_path / name), "-m", name])
+        theirs = contents(tmp_path / name)
+        assert len(theirs) == 4 and theirs.items() <= contents(tmp_path / "ours").items()
 
 
 def test_recordings_that_are_named_like_outputs_are_separated_unless_they_are(

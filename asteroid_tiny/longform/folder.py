@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import reason
-from ..inspection import DEFAULT, made_for, open_model
+from ..inspection import DEFAULT, default_for, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, open_recording
 from .blocks import BLOCK, separate_file
 
@@ -39,7 +39,8 @@ def separate_all(
 
     Args:
         files (list of str): Recordings, folders of them, or globs.
-        model (str, optional): As `inspection.open_model` takes it.
+        model (str, optional): As `inspection.open_model` takes it; by default the packaged one for
+            the rate of each recording, see `inspection.default_for`.
         out (str): The folder.
         format (str): One of `audio.FORMATS`.
         device (str): Where the model runs; "auto" is a GPU, if there is one.
@@ -60,9 +61,7 @@ def separate_all(
         raise UserError(f"--block must be at least {SHORTEST:g} seconds, and --batch at least 1")
     if peak is not None and not -math.inf < peak <= 0:
         raise UserError(f"--peak must be 0 dB, which is full scale, or less, not {peak:g}")
-    network, about = open_model(model)
-    network.to(device)
-    print(made_for(DEFAULT if model is None else model, network, about))
+    models = _Models(model, device)
     options = {
         "block": block,
         "overlap": block / 2,
@@ -81,9 +80,11 @@ def separate_all(
     for path in [path for path in found if path not in recordings]:
         print(f"  {path}: left out, an output of an earlier run")
     for path in recordings:
-        targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
         told = None
         try:
+            network = models.of(path)
+            names = [f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
+            targets = [Path(out) / name for name in names]
             if targets[0] in written:
                 raise UserError(
                     f"{path} and {written[targets[0]]} would both be written to {targets[0]}; "
@@ -119,6 +120,30 @@ def separate_all(
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
           f"{len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}")  # fmt: skip
     return len(failed)
+
+
+class _Models:
+    """The model that was asked for, or that for each recording; says what each is made for."""
+
+    def __init__(self, name, device):
+        self.name, self.device, self.opened = name, device, {}
+        if name is not None:
+            self._open(name)
+
+    def of(self, path):
+        name = self.name
+        if name is None:
+            name = DEFAULT
+            if path.exists():
+                with open_recording(path) as recording:
+                    name = default_for(recording.sample_rate)
+        return self.opened.get(name) or self._open(name)
+
+    def _open(self, name):
+        model, about = open_model(name)
+        print(made_for(name, model, about))
+        self.opened[name] = model.to(self.device)
+        return self.opened[name]
 
 
 def find_recordings(names):
