@@ -7,7 +7,7 @@ from conversations import RATE, Oracle, conversation, ours, peer, streamed, wron
 from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
 from asteroid_tiny.longform.tracking import Part, SpeakerTracker
-from asteroid_tiny.longform.voices import FEATURES, SPREAD, Listener, each
+from asteroid_tiny.longform.voices import FEATURES, SPREAD, Listener, each, pitch
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,74 @@ def test_what_comes_later_changes_nothing_that_was_given_out(conversations):
     short = np.concatenate(list(parts(40 * RATE)), axis=1)[:, : 36 * RATE]
     whole = np.concatenate(list(parts(60 * RATE)), axis=1)
     np.testing.assert_array_equal(short, whole[:, : short.shape[1]])
+
+
+@pytest.fixture(scope="module")
+def voice(valid_speech):
+    """Six seconds of one speaker, as one output."""
+    utterances = next(iter(valid_speech.by_speaker.values()))
+    joined = np.concatenate([valid_speech.read(u) for u in utterances[:5]])
+    return joined[None, : 6 * RATE]
+
+
+def test_a_voice_is_the_same_at_any_level_and_surer_the_longer_it_is_heard(voice):
+    (sure, found), (_, soft) = (
+        listener.voices(listener.hear(gain * voice))
+        for gain, listener in ((1, Listener(RATE)), (0.1, Listener(RATE)))
+    )
+    np.testing.assert_allclose(soft, found, atol=0.01)
+    listener = Listener(RATE)
+    heard = listener.hear(voice)
+    frames = np.flatnonzero(heard.alone[0])
+    short, shorter = (listener.voices(heard, slice(frames[0], frames[n]))[0] for n in (60, 15))
+    assert (sure > 1.5 * short).all() and (short > 0).all()
+    assert not shorter.any(), "a quarter of a second says nothing"
+
+
+def test_a_voice_is_heard_where_one_output_is_the_loudest_by_far(voice):
+    for gain, share in ((0.3, 1), (0.7, 0)):
+        heard = Listener(RATE).hear(np.concatenate([voice, gain * voice]))
+        assert not heard.alone[1].any() and heard.speech.mean() > 0.3
+        assert heard.alone[0].sum() == share * heard.speech.sum()
+
+
+def test_noise_is_no_speech_beside_digital_silence_nor_in_a_block_of_its_own(voice):
+    noise = 0.003 * voice.std() * np.random.default_rng(0).normal(size=(1, 2 * RATE))
+    listener = Listener(RATE)
+    speech = listener.hear(np.concatenate([0 * noise, noise, voice], axis=1)).speech
+    assert not speech[: len(speech) * 39 // 100].any() and speech[len(speech) * 4 // 10 :].any()
+    assert not listener.hear(noise).speech.any()
+
+
+@pytest.mark.parametrize("frequency", [75, 120, 210, 330])
+def test_pitch_is_that_of_low_and_of_high_voices_also_in_noise(frequency):
+    time = np.arange(512) / RATE
+    harmonics = np.arange(1, 3000 // frequency)
+    hum = (np.cos(2 * np.pi * frequency * np.outer(time, harmonics)) / harmonics).sum(1)
+    noise = np.random.default_rng(0).normal(0, 0.6 * hum.std(), len(hum))
+    for frame in (hum, hum + noise):
+        assert pitch(frame[None], RATE)[0] == pytest.approx(frequency, rel=0.03)
+
+
+def _halves(tracker, agreements):
+    """Halves of blocks of which no voice is heard, but the overlaps."""
+    n_src = len(agreements[0])
+    nothing = np.zeros((n_src, len(FEATURES))), np.zeros((n_src, sum(FEATURES)))
+    tracker.halves = [Part(*nothing, agreement) for agreement in agreements]
+    tracker.orders = [np.arange(n_src)] * (len(agreements) // 2)
+    return tracker.reorder().reshape(-1, n_src)
+
+
+def test_three_speakers_who_change_places_in_a_ring_are_put_back_by_the_overlaps():
+    same, ring = np.eye(3), np.eye(3)[[1, 2, 0]]
+    agreements = [same] * 6 + [ring] + [same] * 5 + [ring.T] + [same] * 5
+    found = _halves(SpeakerTracker(3, RATE), agreements)
+    for before, after, agreement in zip(found, found[1:], agreements[1:]):
+        np.testing.assert_array_equal(agreement[before][:, after], same)
+
+
+def test_the_start_of_a_long_recording_is_put_right():
+    agreements = [np.eye(2)] * 400
+    agreements[3] = np.eye(2)[::-1]
+    found = _halves(SpeakerTracker(2, RATE), agreements)
+    assert (found[:3] == found[0]).all() and (found[3:] == found[0, ::-1]).all()

@@ -141,10 +141,12 @@ def wideband(speech):
     return np.array([samples[:n_samples] / samples[:n_samples].std() for samples in joined]) / 20
 
 
-def test_what_lies_above_the_model_goes_to_who_makes_it(tmp_path, valid_speech):
-    sources = wideband(valid_speech)
-    path = write(tmp_path / "in.wav", sources.sum(0), 2 * RATE, subtype="FLOAT")
+@pytest.mark.parametrize("rate, gain", [(16000, 1), (48000, 1), (96000, 0.1), (192000, 0.1)])
+def test_what_lies_above_the_model_goes_to_who_makes_it(tmp_path, valid_speech, rate, gain):
+    sources = gain * wideband(valid_speech)[:, : 8 * RATE]
     heard = np.array([soxr.resample(source, 2 * RATE, RATE) for source in sources])
+    sources = np.array([soxr.resample(source, 2 * RATE, rate) for source in sources])
+    path = write(tmp_path / "in.wav", sources.sum(0), rate, subtype="FLOAT")
     targets = [tmp_path / f"{k}.flac" for k in (1, 2)]
     below, given = [], []
     for wants_sum, into in (False, below), (True, given):

@@ -13,12 +13,12 @@ FLOOR = 1e-12  # of a squared amplitude; where there is less, all get the same s
 def make_consistent(estimates, mixture, sample_rate):
     """Brings estimates to sum to their mixture.
 
-    Training on SI-SDR leaves the scale open (estimates five times too loud were seen), so first all
-    get the gain with which their sum fits best. What is still missing is shared out sample by
-    sample in proportion to their amplitudes (`shares`); by equal parts or by power, as in S. Wisdom
-    et al., "Differentiable consistency constraints for improved deep speech enhancement", ICASSP
-    2019, it would be heard where one speaks alone, or go to errors. A single estimate is all that
-    is wanted of the mixture, and gets the gain alone.
+    Training on SI-SDR leaves scale and sign open (estimates five times too loud were seen), so
+    first all get the gain with which their sum fits best. What is still missing is shared out
+    sample by sample in proportion to their amplitudes (`shares`); by equal parts or by power, as in
+    S. Wisdom et al., "Differentiable consistency constraints for improved deep speech enhancement",
+    ICASSP 2019, it would be heard where one speaks alone, or go to errors. A single estimate is all
+    that is wanted of the mixture, and gets the gain alone.
 
     Args:
         estimates (numpy.ndarray): (n_src, time)
@@ -34,7 +34,7 @@ def make_consistent(estimates, mixture, sample_rate):
         True
     """
     total = estimates.sum(0)
-    gain = max(float(total @ mixture), 0.0) / (float(total @ total) + 1e-12)
+    gain = float(total @ mixture) / (float(total @ total) + 1e-12)
     if len(estimates) == 1:
         return gain * estimates
     rest = mixture - gain * total

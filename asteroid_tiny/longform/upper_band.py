@@ -15,6 +15,7 @@ import numpy as np
 from .levels import reach, shares
 
 DIFFERENCES = 5  # taken of the estimates, which leaves the upper part of their band
+APART = 1 / 16000  # s between the two samples of a difference, at least one
 
 
 def share_rest(tracks, mixture, sample_rate):
@@ -36,7 +37,8 @@ def share_rest(tracks, mixture, sample_rate):
         >>> np.allclose(shared.sum(1), mixture)
         True
     """
-    margin = reach(sample_rate) + DIFFERENCES  # samples on either side that a share depends on
+    # samples on either side that a share depends on
+    margin = reach(sample_rate) + DIFFERENCES * _lag(sample_rate)
     held = None
     for piece in _side_by_side(tracks, mixture, sample_rate):
         if held is None:
@@ -53,9 +55,16 @@ def share_rest(tracks, mixture, sample_rate):
 def _shared(held, sample_rate, margin):
     """What `share_rest` makes of all samples but `margin` on either side."""
     tracks, mixture = held[:, :-1], held[:, -1:]
-    upper = np.diff(tracks, DIFFERENCES, axis=0, prepend=np.zeros((DIFFERENCES, tracks.shape[1])))
+    upper, lag = tracks, _lag(sample_rate)
+    for _ in range(DIFFERENCES):
+        upper = upper - np.concatenate([np.zeros_like(upper[:lag]), upper[:-lag]])
     rest = mixture - tracks.sum(axis=1, keepdims=True)
     return (tracks + shares(upper, sample_rate) * rest)[margin:-margin]
+
+
+def _lag(sample_rate):
+    """Samples from one to the other of a difference (int)."""
+    return max(1, round(APART * sample_rate))
 
 
 def _side_by_side(tracks, mixture, sample_rate):
