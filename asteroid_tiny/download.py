@@ -196,6 +196,8 @@ def _open(url, headers):
         raise UserError(f"{url} cannot be reached: {_words(error.reason)}") from None
     except ValueError as error:  # of addresses that are none
         raise UserError(f"{url} is no address: {_words(error)}") from None
+    except OSError as error:  # of the connection, before the answer begins
+        raise _Dropped(_words(error)) from None
 
 
 def _check_space(part, total, have):

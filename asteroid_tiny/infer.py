@@ -34,7 +34,7 @@ def infer(argv):
             warnings.filterwarnings("error", "Could find any file", UserWarning)
             asteroid_cli.infer(argv)
     except UserWarning as error:
-        raise UserError(f"there is no file {str(error).rpartition(' ')[2]}") from None
+        raise UserError(f"there is no file {str(error).partition(' matched ')[2]}") from None
     except Exception as error:  # of audio files, of options; their readers raise anything
         told = " ".join(str(error).split())
         raise UserError(told or f"a file cannot be read: {type(error).__name__}") from None

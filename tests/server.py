@@ -81,8 +81,8 @@ def serving_files(files, drops=(), quirks=()):
 class HubHandler(BaseHTTPRequestHandler):
     """The part of the hub's API that creating, uploading and downloading a model needs.
 
-    `server.commits` is {repository: [{path: content}]}, the last one being "main", and a revision
-    is the number of a commit, as the hub's hexadecimal names; `server.token` may write;
+    `server.commits` is {repository: [{path: content}] or GATED}, the last one being "main", and a
+    revision is the number of a commit, as the hub's hexadecimal names; `server.token` may write;
     `server.drop` is a word: a request whose path has it gets no answer; `server.asked` notes
     method and path of all requests.
     """
@@ -106,6 +106,8 @@ class HubHandler(BaseHTTPRequestHandler):
         commits = self.server.commits.get(repo)
         if commits is None:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        if commits == GATED:
+            return self.answer(403, {"X-Error-Code": "GatedRepo"})
         names = {commit_name(i): i for i in range(len(commits))} | {"main": len(commits) - 1}
         if revision not in names:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
@@ -199,6 +201,7 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
 
+GATED = "gated"
 LARGE = (".safetensors", ".bin", ".pth")
 
 

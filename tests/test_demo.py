@@ -1,5 +1,6 @@
 """`asteroid-tiny demo` in a real browser: separates, refuses, keeps visitors apart, cleans up."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,10 +14,12 @@ import pytest
 import soundfile as sf
 from small import small
 
-from asteroid_tiny import cli
-from asteroid_tiny.demo import build_page, launch
+from asteroid_tiny import cli, demo
+from asteroid_tiny.demo import build_page, launch, separate_upload
+from asteroid_tiny.errors import UserError
 from asteroid_tiny.inspection import DEFAULT, open_model
 from asteroid_tiny.longform import separate_file
+from asteroid_tiny.longform.audio import Recording
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)  # fmt: skip
@@ -263,3 +266,32 @@ def test_wrong_options_are_told(capsys):
         with pytest.raises(SystemExit) as end:
             cli.main(["demo", *options])
         assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_recording_that_tells_no_length_is_bounded_as_well(monkeypatch, refused):
+    @contextlib.contextmanager
+    def recorded(path):  # as browsers do it
+        yield Recording(8000, 1, None, (np.zeros((8000, 1)) for _ in range(9)))
+
+    monkeypatch.setattr(demo, "open_recording", recorded)
+    assert len(demo.read("talk.webm", 8000, 9 / 60)) == 9 * 8000
+    with refused("talk.webm is longer than the 0.1 minutes"):
+        demo.read("talk.webm", 8000, 0.1)
+
+
+def test_errors_name_no_folder_of_the_server(tmp_path, refused):
+    (tmp_path / "talk.wav").write_text("no sound")
+    sf.write(tmp_path / "short.wav", np.zeros(2000), 8000)
+    for name, words in {"talk.wav": "cannot be read", "short.wav": "is too short: 0.25 s"}.items():
+        with pytest.raises(UserError, match=f"^{name} {words}") as caught:
+            separate_upload(small(), tmp_path / name, tmp_path / "out", 1.0, print)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_names_of_recordings_are_no_html(tmp_path, separator):
+    page = build_page([str(separator)], device="cpu")
+    (run,) = (block.fn for block in page.fns.values() if block.fn.__name__ == "separate")
+    path = tmp_path / "<img src=x>.wav"
+    path.write_text("no sound")
+    page.GRADIO_CACHE, page.is_running = str(tmp_path), True
+    assert run(str(path), str(separator))[0].startswith("<p>&lt;img src=x&gt;.wav cannot be read")

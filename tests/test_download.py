@@ -1,7 +1,9 @@
 """Downloads: resumed, checked, whole or not at all, from a server that misbehaves."""
 
 import errno
+import fcntl
 import hashlib
+import http.client
 import multiprocessing
 import os
 import shutil
@@ -118,13 +120,14 @@ def test_a_wrong_checksum_is_said_and_not_kept(tmp_path, refused, name):
 
 
 @pytest.mark.parametrize(
-    "status, words", [(404, "check the address"), (403, "cannot be fetched"), (503, "503")]
+    "status, words",
+    [(404, "check the address"), (403, "cannot be fetched"), (429, "429"), (503, "503")],
 )
 def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, refused, status, words):
     with serving_files({"/m": status}) as server:
         with refused(f"{server.address}/m", status, words):
             fetch(f"{server.address}/m", tmp_path / "model.pth")
-        assert len(server.asked) == (download.TRIES if status == 503 else 1)
+        assert len(server.asked) == (download.TRIES if status in (429, 503) else 1)
     assert names(tmp_path) == []
 
 
@@ -188,3 +191,65 @@ def test_processes_that_fetch_the_same_wait_for_each_other(tmp_path):
         assert len(server.asked) == 1
     assert all(process.exitcode == 0 for process in processes)
     assert path.read_bytes() == CONTENT and names(tmp_path) == [path.name]
+
+
+def test_a_connection_may_drop_often_as_long_as_bytes_come(tmp_path):
+    path = tmp_path / "model.pth"
+    drops = [40_000] * (download.TRIES + 2)
+    with serving_files({"/m": CONTENT}, drops) as server:
+        fetch(f"{server.address}/m", path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_room_is_needed_for_what_is_to_come_alone(tmp_path, monkeypatch):
+    path, free = tmp_path / "model.pth", iter([300_000, 100_000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    with serving_files({"/m": CONTENT}, drops=[200_000]) as server:
+        fetch(f"{server.address}/m", path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_part_that_is_longer_than_the_content_is_not_taken_for_it(tmp_path, refused):
+    path = tmp_path / "model.pth"
+    with serving_files({"/m": CONTENT}, [200_000, 0, 0, 0, 0], ["one etag"]) as server:
+        with refused("ended early"):
+            fetch(f"{server.address}/m", path)
+        server.files = {"/m": CONTENT[:100_000]}
+        server.drops.clear()
+        fetch(f"{server.address}/m", path)
+    assert path.read_bytes() == CONTENT[:100_000]
+
+
+def test_checksums_may_be_in_capitals(tmp_path):
+    with serving_files({"/m": CONTENT}) as server:
+        digests = {name: digest.upper() for name, digest in DIGESTS.items()}
+        fetch(f"{server.address}/m", tmp_path / "model.pth", **digests)
+    assert (tmp_path / "model.pth").read_bytes() == CONTENT
+
+
+def test_a_part_that_another_process_removed_meanwhile_is_begun_anew(tmp_path, monkeypatch):
+    path, lock = tmp_path / "model.pth", fcntl.flock
+
+    def waits(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        (tmp_path / ".model.pth.part").unlink()  # by who had the lock, and an error
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", waits)
+    with serving_files({"/m": CONTENT}) as server:
+        fetch(f"{server.address}/m", path)
+    assert path.read_bytes() == CONTENT and names(tmp_path) == [path.name]
+
+
+def test_a_network_that_is_gone_for_a_moment_is_no_fault_of_the_disk(tmp_path, monkeypatch):
+    path, read = tmp_path / "model.pth", http.client.HTTPResponse.read
+
+    def gone(*_):
+        monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+        raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", gone)
+    with serving_files({"/m": CONTENT}) as server:
+        fetch(f"{server.address}/m", path)
+        assert len(server.asked) == 2
+    assert path.read_bytes() == CONTENT

@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all: after errors, on full disks, when killed."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from asteroid_tiny.files import alone, whole_file, whole_folder
+from asteroid_tiny.files import alone, files_below, whole_file, whole_folder
 
 OLD, NEW = "the old content\n", "the new content\n"
 
@@ -208,3 +209,46 @@ def test_a_second_process_is_kept_out_until_the_first_ends(tmp_path, refused):
         first.kill()
     with alone(tmp_path, "trains"):
         pass
+
+
+def write_whole(context, target, write):
+    with context(target) as part:
+        write(part, NEW)
+
+
+def test_processes_that_write_the_same_do_not_meet(whole):
+    context, target, write, read = whole
+    with context(target) as part:
+        write(part, OLD)
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=write_whole, args=(context, target, write))
+        process.start()
+        process.join()
+        assert process.exitcode == 0 and read(target) == NEW
+    assert read(target) == OLD, "who ends last has the last word"
+    assert names(target.parent) == [target.name]
+
+
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def lacking(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lacking)
+    entered = []
+    with alone(tmp_path, "trains"):
+        entered.append(True)
+    assert entered
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, refused, monkeypatch):
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    scandir = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with refused(tmp_path / "a" / "closed", "cannot be read: Permission denied"):
+        list(files_below(tmp_path))

@@ -6,10 +6,11 @@ import os
 import shutil
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from server import serving_files, serving_hub
+from server import GATED, commit_name, serving_files, serving_hub
 from small import small
 
 import asteroid_tiny
@@ -132,6 +133,22 @@ def test_a_checksum_in_the_address_is_verified_and_saves_the_question(tmp_path, 
     assert alike(from_pretrained(f"{url}#sha256={digest}"), model)  # no server any more
 
 
+def test_weights_that_are_replaced_at_their_address_are_fetched_anew(tmp_path):
+    with serving_files({}) as server:
+        for name in ("first", "second"):
+            model = small()
+            server.files = files_of(model, tmp_path / name)
+            assert alike(from_pretrained(f"{server.address}/{WEIGHTS}"), model)
+
+
+def test_a_checksum_in_the_address_may_be_in_capitals(tmp_path):
+    model = small()
+    with serving_files(files_of(model, tmp_path / "model")) as server:
+        for name in ("model.pth", WEIGHTS):
+            digest = digest_of(tmp_path / "model" / name).upper()
+            assert alike(from_pretrained(f"{server.address}/{name}#sha256={digest}"), model)
+
+
 def test_a_filled_cache_is_not_written_to_and_may_be_read_only(tmp_path, cache):
     model = small()
     with serving_files(files_of(model, tmp_path / "model")) as server:
@@ -238,6 +255,24 @@ def test_a_repository_of_asteroid_has_one_file(on_hub, tmp_path):
     content = files_of(model, tmp_path / "model")["/model.pth"]
     on_hub.commits["me/old"] = [{"pytorch_model.bin": content}]
     assert alike(from_pretrained("me/old"), model)
+    other = files_of(small(), tmp_path / "other")["/model.pth"]
+    on_hub.commits["me/old"].append({"pytorch_model.bin": other})
+    assert alike(from_pretrained(f"me/old@{commit_name(0)}"), model)
+
+
+def test_both_files_are_of_one_commit_whatever_is_pushed_meanwhile(on_hub, tmp_path, monkeypatch):
+    model = small()
+    on_hub.commits["me/model"] = [files_of(model, tmp_path / "model", "")]
+    other = files_of(small(), tmp_path / "other", "")
+    download = huggingface_hub.hf_hub_download
+
+    def then_pushed(repo, name, **options):
+        found = download(repo, name, **options)
+        on_hub.commits[repo].append(other)
+        return found
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", then_pushed)
+    assert alike(from_pretrained("me/model"), model)
 
 
 def test_what_is_not_on_the_hub_is_one_sentence(on_hub, published, refused):
@@ -247,6 +282,9 @@ def test_what_is_not_on_the_hub_is_one_sentence(on_hub, published, refused):
         from_pretrained("me/none")
     with refused("me/model@v9 has no revision 'v9'"):
         from_pretrained("me/model@v9")
+    on_hub.commits["me/gated"] = GATED
+    with refused("me/gated asks for consent: give it on its page"):
+        from_pretrained("me/gated")
     with refused("me/empty holds neither"):
         from_pretrained("me/empty")
     with refused("me/..x is no name on the hub"):

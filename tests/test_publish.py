@@ -267,7 +267,7 @@ def test_infer_says_in_one_line_what_is_wrong(tmp_path, capsys):
     for model, file, words in [
         ("model.pth", "talk.wav", "sampling rate"),
         ("none.pth", "talk.wav", "none.pth is missing"),
-        ("model.pth", "none.wav", "there is no file"),
+        ("model.pth", "none at all.wav", f"there is no file {tmp_path}/none at all.wav"),
         ("model.pth", "notes.txt", "a file cannot be read"),
     ]:
         with pytest.raises(SystemExit) as left:

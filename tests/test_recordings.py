@@ -124,6 +124,19 @@ def test_a_wav_file_that_was_cut_short_is_told(separate, clips, tmp_path, contai
     assert sf.info(tmp_path / "out" / "cut_est1.wav").duration == pytest.approx(half, abs=0.01)
 
 
+def test_a_note_of_odd_length_in_a_wav_file_does_not_hide_that_it_was_cut(clips, tmp_path):
+    voice, *_ = clips.values()
+    path = tmp_path / "noted.wav"
+    sf.write(path, voice, 8000)
+    content = path.read_bytes()
+    data = content.index(b"data")
+    note = b"note" + (3).to_bytes(4, "little") + b"abc\0"
+    path.write_bytes(content[:data] + note + content[data : -len(voice)])
+    with audio.open_recording(path) as recording:
+        assert sum(map(len, recording.pieces())) == len(voice) // 2
+    assert "it ends 2.0 s before the length that it tells" in recording.warning
+
+
 def test_a_wav_file_that_is_a_header_alone_fails_alone(separate, clips, tmp_path):
     voice, *_ = clips.values()
     for name in ("a_header", "whole"):
@@ -182,16 +195,45 @@ sys.stdout.buffer.write(samples.astype(">f4").tobytes())
 """
 
 
-def test_what_came_through_ffmpeg_is_done_before_as_well(separate, talks, tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ffmpeg").write_text(STAND_IN.format(python=sys.executable))
-    (tmp_path / "bin" / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Puts a script into the place of ffmpeg."""
+
+    def install(script):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "ffmpeg").write_text(script)
+        (tmp_path / "bin" / "ffmpeg").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_what_came_through_ffmpeg_is_done_before_as_well(separate, talks, tmp_path, stand_in):
+    stand_in(STAND_IN.format(python=sys.executable))
     source = sorted(talks.glob("*.wav"))[0].rename(tmp_path / "talk.raw")
     for done in ("1 separated", "1 done before"):
         status, text, errors = separate(source)
         assert status == 0 and done in text, errors
     assert sf.info(tmp_path / "out" / "talk_est2.wav").frames == 32000
+
+
+def test_a_recording_whose_reader_is_killed_is_not_taken_for_whole(
+    separate, talks, tmp_path, stand_in
+):
+    killed = "sys.stdout.flush()\nsignal.raise_signal(signal.SIGKILL)\n"
+    stand_in(STAND_IN.format(python=sys.executable) + killed)
+    source = sorted(talks.glob("*.wav"))[0].rename(tmp_path / "talk.raw")
+    status, _, errors = separate(source)
+    assert status == 1 and "talk.raw is damaged: it ends too early" in errors
+    assert not (tmp_path / "out" / "talk_est1.wav").exists()
+
+
+@needs_ffmpeg
+def test_a_colon_in_a_name_is_none_of_an_address(separate, talks, monkeypatch):
+    monkeypatch.chdir(talks)
+    sorted(talks.glob("*.mp3"))[0].rename("12:30 call.mp3")
+    status, text, _ = separate("12:30 call.mp3")
+    assert status == 0 and "1 separated" in text
 
 
 def test_a_recording_that_may_not_be_read_is_told_so(separate, talks, monkeypatch):

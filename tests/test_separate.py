@@ -172,6 +172,7 @@ def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
         (["--batch", "0"], "and --batch at least 1"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["-m", "none.pth"], "none.pth"),
     ],
 )
@@ -246,6 +247,15 @@ def test_memory_that_is_too_little_fails_one_recording(separate, talks, monkeypa
     assert "3 separated" in out
 
 
+def test_an_error_of_the_program_is_not_taken_for_one_of_memory(separate, talks, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("the shapes do not fit")
+
+    monkeypatch.setattr(blocks, "open_recording", wrong)
+    with pytest.raises(RuntimeError, match="the shapes"):
+        separate(talks)
+
+
 def test_block_batch_and_peak_are_those_that_are_asked_for(separate, clips, tmp_path, monkeypatch):
     voice, *_ = clips.values()
     sf.write(tmp_path / "talk.wav", np.tile(voice, 3), 8000)  # 12 s
@@ -257,7 +267,8 @@ def test_block_batch_and_peak_are_those_that_are_asked_for(separate, clips, tmp_
 
     monkeypatch.setattr(TinySepformer, "forward", seen)
     options = ("--block", 2, "--batch", 4, "--peak", -6)
-    assert separate(tmp_path / "talk.wav", *options)[0] == 0
+    status, text, _ = separate(tmp_path / "talk.wav", *options)
+    assert status == 0 and "(gain " in text
     assert shapes == [(4, 16000), (4, 16000), (3, 16000)]  # a second from one to the next
     tracks = [sf.read(tmp_path / "out" / f"talk_est{k}.wav")[0] for k in (1, 2)]
     assert np.abs(tracks).max() == pytest.approx(10 ** (-6 / 20), abs=1e-3)
@@ -329,3 +340,10 @@ def test_a_name_that_is_too_long_fails_alone(separate, clips, tmp_path):
         sf.write(path, voice[:9000], 8000)
     status, text, errors = separate(longest, "y" * 300, tmp_path / "talk.wav")
     assert status == 1 and "2 separated" in text and "yyy" in errors
+
+
+def test_a_name_is_one_of_a_file_before_it_is_a_glob(tmp_path):
+    for name in ("a[1].wav", "a1.wav", "b.wav"):
+        (tmp_path / name).touch()
+    wanted = [tmp_path / "b.wav", tmp_path / "a[1].wav"]
+    assert find_recordings([str(path) for path in wanted]) == wanted

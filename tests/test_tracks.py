@@ -1,5 +1,7 @@
 """Files of the speakers: rate, length, level, format, the upper band, and what may go wrong."""
 
+import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -273,6 +275,26 @@ targets = [path.with_name("1.ogg"), path.with_name("2.ogg")]
 separate_file(TinySepformer(2, **sizes).eval(), path, targets)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.monotonic() - began)
 """
+
+
+@pytest.mark.parametrize("suffix", audio.FORMATS)
+def test_a_disk_that_is_full_at_the_very_end_leaves_no_file(tmp_path, talk, refused, suffix):
+    targets = [tmp_path / f"{k}.{suffix}" for k in (1, 2)]
+    tracks = np.stack([talk[: 6 * RATE], talk[: 6 * RATE]], 1)
+    audio.write_tracks(targets, lambda: [tracks], RATE)
+    size = targets[0].stat().st_size
+    for target in targets:
+        target.unlink()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, most[1]))
+    try:
+        with refused("could not be written"):
+            audio.write_tracks(targets, lambda: [tracks], RATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -299,9 +299,10 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
     if peak is not None and highest > 0:
         gain = min(10 ** (peak / 20), FULL_SCALE) / highest
     with contextlib.ExitStack() as stack:
-        files = []
+        parts, files = [], []
         for target in targets:
             part = stack.enter_context(whole_file(target))
+            parts.append(part)
             files.append(stack.enter_context(_create(part, target, sample_rate, n_samples)))
         for piece in make_pieces():
             for file, track in zip(files, (gain * piece).T):
@@ -312,6 +313,8 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
                     raise UserError(f"{target} could not be written: {error}") from None
         for file in files:
             file.close()  # before the first of them takes its place
+        for part, target in zip(parts, targets):
+            _check_written(part, target, n_samples)
     return gain, (10 * np.log10((energy.max() + SILENCE) / (energy + SILENCE))).tolist()
 
 
@@ -340,6 +343,16 @@ def _create(part, target, sample_rate, n_samples):
     except soundfile.LibsndfileError as error:
         part.touch()  # raises what the system has to say, where libsndfile says "System error."
         raise UserError(f"{target} could not be written: {error.error_string}") from None
+
+
+def _check_written(part, target, n_samples):
+    """libsndfile does not tell that the last samples of FLAC and Vorbis found no room."""
+    try:
+        whole = soundfile.info(part).frames == n_samples
+    except soundfile.LibsndfileError:
+        whole = False
+    if not whole:
+        raise UserError(f"{target} could not be written to its end; the disk may be full")
 
 
 @contextlib.contextmanager

@@ -167,7 +167,10 @@ def find_recordings(names):
             found.append(Path(name))
         else:
             found += sorted(map(Path, glob.glob(name, recursive=True))) or [Path(name)]
-    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
+    once = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return list(once.values())
 
 
 def _is_output(path, out, recordings):
