@@ -55,6 +55,15 @@ def test_converted_speech_is_the_speech_at_the_other_rate(voices, make):
     assert np.linalg.norm(2 * found - kept) < 0.05 * np.linalg.norm(kept)
 
 
+def test_converted_speech_beyond_full_scale_does_not_clip(tmp_path, clips):
+    source, loud = tmp_path / "a.wav", next(iter(clips.values())) / 2**12
+    assert np.abs(loud).max() > 2
+    sf.write(source, loud, 8000, subtype="FLOAT")
+    own.convert(source, tmp_path / "made.flac", 16000)
+    converted, _ = sf.read(tmp_path / "made.flac")
+    assert np.corrcoef(converted[::2], loud)[0, 1] > 0.999 and np.abs(converted).max() > 0.9
+
+
 def test_names_may_have_what_unicode_takes_for_the_end_of_a_line(voices, make):
     (voices / "speaker 0" / "day one" / "a.wav").rename(voices / "speaker 0" / "a\u2028b.wav")
     assert sum(len(speech.utterances) for speech in make(voices).values()) == 16

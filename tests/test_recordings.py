@@ -188,6 +188,8 @@ STAND_IN = """#!{python}
 import io, pathlib, signal, struct, sys
 import soundfile
 signal.alarm(20)  # rather than wait without end
+if "0:a:1" in sys.argv:
+    sys.exit("it has one sound track")
 path = sys.argv[sys.argv.index("-i") + 1].removeprefix("file:")
 samples, rate = soundfile.read(io.BytesIO(pathlib.Path(path).read_bytes()), dtype="float32")
 sys.stdout.buffer.write(struct.pack(">4s5I", b".snd", 24, 0xFFFFFFFF, 6, rate, 1))
@@ -261,6 +263,22 @@ def test_ffmpeg_reads_what_soundfile_does_not(separate, talks, tmp_path):
     mixture = np.interp(np.arange(len(tracks[0])) / 44100, np.arange(32000) / 8000,
                         sf.read(source)[0])  # fmt: skip
     assert np.corrcoef(sum(tracks), mixture)[0, 1] > 0.9
+
+
+@needs_ffmpeg
+def test_the_first_of_several_sound_tracks_is_separated_and_that_is_told(separate, talks, tmp_path):
+    first, second = sorted(talks.glob("*.wav"))
+    command = ["ffmpeg", "-v", "error", "-i", first, "-i", second, "-f", "lavfi", "-i"]
+    command += ["testsrc=d=4:s=64x64:r=5", "-map", "2:v", "-c:v", "mpeg4"]
+    for name, maps in (("one", ["0:a"]), ("two", ["0:a", "1:a"]), ("none", [])):
+        maps = [option for sound in maps for option in ("-map", sound)]
+        subprocess.run([*command, *maps, "-c:a", "aac", tmp_path / f"{name}.mp4"], check=True)
+    told = "it has several sound tracks; the first of them was separated"
+    status, text, errors = separate(*sorted(tmp_path.glob("*.mp4")))
+    assert status == 1 and "none.mp4 cannot be read: it holds no sound" in errors
+    assert [told in line for line in text.splitlines() if ".mp4: " in line] == [False, True]
+    tracks = [sf.read(tmp_path / "out" / f"two_est{k}.wav")[0] for k in (1, 2)]
+    assert np.corrcoef(sum(tracks)[:32000], sf.read(first)[0])[0, 1] > 0.9
 
 
 @needs_ffmpeg

@@ -95,6 +95,17 @@ def test_a_namesake_of_another_folder_is_not_taken_for_done(separate, clips, tmp
     assert sf.info(tmp_path / "out" / "talk_est1.wav").frames == 9000
 
 
+@pytest.mark.parametrize("options", [(), ("--format", "ogg")])
+def test_a_namesake_of_the_same_length_is_not_taken_for_done(separate, clips, tmp_path, options):
+    for folder, voice in zip("ab", clips.values()):
+        (tmp_path / folder).mkdir()
+        sf.write(tmp_path / folder / "talk.wav", np.column_stack([voice, voice // 2]), 8000)
+    assert separate(tmp_path / "a" / "talk.wav", *options)[0] == 0
+    assert "1 done before" in separate(tmp_path / "a" / "talk.wav", *options)[1]
+    status, _, errors = separate(tmp_path / "b" / "talk.wav", *options)
+    assert status == 1 and "is of another recording than" in errors
+
+
 def test_a_recording_that_is_named_twice_is_separated_once(separate, talks, monkeypatch):
     monkeypatch.chdir(talks)
     name = sorted(talks.glob("*.wav"))[0].name
@@ -167,8 +178,9 @@ def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
     [
         (["--block", "0.01"], "--block must be at least 0.5 s"),
         (["--block", "inf"], "--block must be at least 0.5 s"),
-        (["--peak", "3"], "--peak must be 0 dB"),
-        (["--peak", "nan"], "--peak must be 0 dB"),
+        (["--peak", "3"], "the peak must be from -90 dB to 0"),
+        (["--peak", "-91"], "the peak must be from -90 dB to 0"),
+        (["--peak", "nan"], "the peak must be from -90 dB to 0"),
         (["--batch", "0"], "and --batch at least 1"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),

@@ -174,17 +174,25 @@ def test_a_speaker_of_tt_who_is_in_tr_is_refused(copy, prepared, refused):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, words, hint",
     [
-        ({"speech": "/none"}, "no wav file in /none/2speakers/wav8k/min/tr/s1"),
-        ({"mode": "max"}, "2speakers/wav8k/max/tr/s1"),
-        ({"sample_rate": 16000}, "2speakers/wav16k/min/tr/s1"),
+        ({"speech": "/none"}, "no wav file in /none/2speakers/wav8k/min/tr/s1", "as --speech"),
+        ({"mode": "max"}, "2speakers/wav8k/max/tr/s1", "has 2speakers/wav8k/min, "),
+        ({"sample_rate": 16000}, "2speakers/wav16k/min/tr/s1", "see --n_src, --sample_rate"),
     ],
     ids=str,
 )
-def test_what_is_not_there_is_named(prepared, refused, options, words):
-    with refused(words, "as --speech"):
+def test_what_is_not_there_is_named(prepared, refused, options, words, hint):
+    with refused(words, hint):
         prepared(**options)
+
+
+def test_a_mixture_of_two_channels_is_named(copy, prepared, refused):
+    for path in (copy / "2speakers" / "wav8k" / "min" / "tr" / "mix").glob("*"):
+        samples, rate = sf.read(path)
+        sf.write(path, np.column_stack([samples, samples]), rate)
+    with refused("tr/mix/", "has 2 channels; it must be mono"):
+        prepared(speech=str(copy))
 
 
 def test_names_of_another_corpus_are_refused(refused):

@@ -146,6 +146,12 @@ def report_count(split, count, official):
 
 
 def read(path):
-    """Samples of a mono file in steps of 16-bit quantisation (float64)."""
+    """Samples of a file in steps of 16-bit quantisation (float64).
+
+    Raises:
+        UserError: If it is missing, broken or not mono.
+    """
     samples = decode(find(path))
+    if samples.ndim > 1:
+        raise UserError(f"{path} has {samples.shape[1]} channels; it must be mono")
     return samples.astype(np.float64) * (1 if samples.dtype == np.int16 else 32768)

@@ -226,7 +226,8 @@ def convert(path, target, sample_rate):
         samples = samples.astype(np.float32) / 32768
     common = math.gcd(rate, sample_rate)
     samples = resample_poly(samples, sample_rate // common, rate // common)
+    samples = samples / max(1.0, np.abs(samples).max())  # mixtures set the level anew
     flac = io.BytesIO()  # written from here, a full disk is an OSError that says so
-    sf.write(flac, np.clip(samples, -1, 1), sample_rate, format="FLAC", subtype="PCM_16")
+    sf.write(flac, samples, sample_rate, format="FLAC", subtype="PCM_16")
     with whole_file(target) as part:
         part.write_bytes(flac.getvalue())

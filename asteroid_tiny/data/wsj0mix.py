@@ -45,14 +45,21 @@ def prepare(source, target, settings):
         root = source / tree / part
         names = sorted(path.stem for path in (root / "s1").glob("[!.]*.wav"))
         if not names:
-            raise UserError(
-                f"there is no wav file in {root / 's1'}; give the folder that holds "
-                f"{n_src}speakers, as the scripts of WSJ0-mix write it, as --speech"
-            )
+            raise UserError(f"there is no wav file in {root / 's1'}; {_hint(source, n_src)}")
         mixed.write_split(root, target / split, names, lambda name: speakers_of(name, n_src))
         mixed.report_sums(root, "mix", names, [f"s{k}" for k in range(1, n_src + 1)])
         mixed.report_count(split, len(names), OFFICIAL[split])
     print("  the speakers of valid may be those of train, as WSJ0-mix has it; those of test not")
+
+
+def _hint(source, n_src):
+    there = sorted(str(path.relative_to(source)) for path in source.glob("[23]speakers/wav*k/m*"))
+    if there:
+        return f"{source} has {', '.join(there)}; see --n_src, --sample_rate and --mode"
+    return (
+        f"give the folder that holds {n_src}speakers, as the scripts of WSJ0-mix write it, as "
+        "--speech"
+    )
 
 
 def speakers_of(name, n_src):

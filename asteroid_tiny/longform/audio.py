@@ -30,6 +30,7 @@ SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
 FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 MOST_OF_WAV = 2**32 - 2**12  # bytes, header aside; a longer WAV file is one of RF64
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
+LOWEST_PEAK = -90.0  # dB re full scale: one step of 16 bits
 FASTEST_OF_VORBIS = 200_000  # Hz, above which libsndfile crashes
 AT_ONCE = 2**16  # samples given to libsndfile, whose Vorbis crashes with millions
 SILENCE = 1e-9  # energy; less is not told apart
@@ -196,16 +197,20 @@ def _floats(path, recording, process, errors):
         whole = len(data) // (4 * n_channels) * n_channels
         yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
     status, found = process.wait(), _last_line(errors)
+    several = _ffmpeg(path, "null", "pcm_f32be", "-t", "0", track=1)
     how = "is damaged" if recording.n_read else "cannot be read"
     if status != 0 or (found and _ends_before(path, recording)):
         raise UserError(f"{path} {how}: {found or 'it ends too early'} (ffmpeg)")
-    recording.warning = f"it may be incomplete; ffmpeg says: {found}" if found else ""
+    if found:
+        recording.warning = f"it may be incomplete; ffmpeg says: {found}"
+    elif subprocess.run(several, capture_output=True).returncode == 0:
+        recording.warning = "it has several sound tracks; the first of them was separated"
 
 
-def _ffmpeg(path, form, codec, *options):
+def _ffmpeg(path, form, codec, *options, track=0):
     command = ["ffmpeg", "-v", "error", *options, "-nostdin"]
-    command += ["-format_whitelist", ",".join(FFMPEG_FORMATS), "-i", f"file:{path}", "-vn"]
-    return [*command, "-f", form, "-c:a", codec, "-"]
+    command += ["-format_whitelist", ",".join(FFMPEG_FORMATS), "-i", f"file:{path}"]
+    return [*command, "-map", f"0:a:{track}", "-f", form, "-c:a", codec, "-"]
 
 
 def _ends_before(path, recording):
@@ -224,6 +229,8 @@ def _last_line(errors):
     lines = errors.read().decode(errors="replace").strip().splitlines() or [""]
     if any("not on whitelist" in line for line in lines):
         return "its format is none that is read here"
+    if any("matches no streams" in line for line in lines):
+        return "it holds no sound"
     return printable(lines[-1].rpartition("] ")[2].rpartition(": ")[2])
 
 
@@ -327,6 +334,14 @@ def check_formats(targets):
     for target in targets:
         if _format(target) not in FORMATS:
             raise UserError(f"{target} cannot be written: its suffix must be one of {SUFFIXES}")
+
+
+def check_peak(peak):
+    """Raises a `UserError` if a peak in dB re full scale, if any, is none that 16 bits can have."""
+    if peak is not None and not LOWEST_PEAK <= peak <= 0:
+        raise UserError(
+            f"the peak must be from {LOWEST_PEAK:g} dB to 0, which is full scale, not {peak:g}"
+        )
 
 
 def _format(target):

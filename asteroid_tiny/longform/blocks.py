@@ -18,7 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..files import reason
-from .audio import check_formats, fit, open_recording, resample, scratch, write_tracks
+from .audio import check_formats, check_peak, fit, open_recording, resample, scratch, write_tracks
 from .levels import below_speech, make_consistent
 from .tracking import SpeakerTracker
 from .upper_band import share_rest
@@ -293,12 +293,12 @@ def separate_file(
         raise UserError(f"{targets} is one file; give a list of files, one a speaker")
     rate, targets = model.sample_rate, [Path(target) for target in targets]
     check_formats(targets)
-    if peak is not None and not -math.inf < peak <= 0:
-        raise UserError(f"the peak must be 0 dB, which is full scale, or less, not {peak:g}")
+    check_peak(peak)
     there = [target for target in targets if os.path.exists(target) and os.path.exists(path)]
     if any(target.samefile(path) for target in there):
         raise UserError(f"{path} would be written over by its own output")
     with open_recording(path) as recording, scratch(targets[0].parent) as store:
+        size = os.path.getsize(path)
         pieces = resample(recording.pieces(), recording.sample_rate, rate)
         total = recording.n_samples and recording.n_samples / recording.sample_rate
         whole, done = _Whole(store, targets[0]), 0
@@ -322,6 +322,8 @@ def separate_file(
                 yield from share_rest(stored, again.pieces(), recording.sample_rate)
 
         gain, levels = write_tracks(targets, tracks, recording.sample_rate, peak)
+        if not recording.warning and os.path.getsize(path) > size:
+            recording.warning = "it has grown meanwhile; what came late may be missing"
     return {
         "seconds": recording.n_read / recording.sample_rate,
         "n_channels": recording.n_channels,

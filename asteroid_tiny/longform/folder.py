@@ -1,6 +1,7 @@
 """Separates many recordings: finds them, skips what is done, and says what became of each."""
 
 import glob
+import itertools
 import math
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 from tqdm import tqdm
@@ -15,11 +17,13 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files import reason
 from ..inspection import DEFAULT, default_for, made_for, open_model
-from .audio import FFMPEG_SUFFIXES, open_recording
+from .audio import FFMPEG_SUFFIXES, check_peak, open_recording
 from .blocks import BLOCK, separate_file
 
 SHORTEST = 0.5  # s: block in which a voice can be heard
 FAINT = 25.0  # dB below the loudest file, of one that may hold nobody
+LOOKED_AT = 60  # s of a recording, at most, that tell whether files are its
+LEAST_ALIKE = 0.1  # correlation of a recording and the sum of its files
 
 
 def separate_all(
@@ -59,8 +63,7 @@ def separate_all(
     device = find_device(device)
     if not SHORTEST <= block < math.inf or (batch is not None and batch < 1):
         raise UserError(f"--block must be at least {SHORTEST:g} seconds, and --batch at least 1")
-    if peak is not None and not -math.inf < peak <= 0:
-        raise UserError(f"--peak must be 0 dB, which is full scale, or less, not {peak:g}")
+    check_peak(peak)
     models = _Models(model, device)
     options = {
         "block": block,
@@ -185,7 +188,7 @@ def is_done(targets, path, force=False):
 
     Raises:
         UserError: If a file is in the way: the recording itself, some of them without others, or
-            those of another recording, as the length or the rate tells.
+            those of another recording, as length, rate and the first minute tell.
     """
     there = [target for target in targets if target.exists()]
     if any(target.samefile(path) for target in there if path.exists()):
@@ -204,12 +207,25 @@ def is_done(targets, path, force=False):
             alike = ours.sample_rate == theirs.sample_rate
             if alike and ours.n_samples != theirs.n_samples:  # it may be unknown, or an estimate
                 alike = sum(map(len, ours.pieces())) == theirs.n_samples
-            if not alike:
-                raise UserError(
-                    f"{targets[0]} is of another recording than {path}; give another folder (-o), "
-                    "or write over it with --force"
-                )
+        if not alike or not _sum_is_like(targets, path):
+            raise UserError(
+                f"{targets[0]} is of another recording than {path}; give another folder (-o), "
+                "or write over it with --force"
+            )
     return True
+
+
+def _sum_is_like(targets, path):
+    """Whether the sum of files correlates with a recording, or that is silent (bool)."""
+
+    def start(name):
+        with open_recording(name) as recording:
+            samples = np.concatenate([*itertools.islice(recording.pieces(), LOOKED_AT), []])
+        return samples - samples.mean() if len(samples) else samples
+
+    mixture, total = start(path), sum(map(start, targets))
+    powers = (mixture @ mixture) * (total @ total)
+    return (mixture @ total) ** 2 >= LEAST_ALIKE**2 * powers
 
 
 def _separate_one(network, path, targets, options):
