@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,8 @@ import yaml
 from .errors import UserError
 from .files import whole_file
 
+#: Numbers that YAML takes for octal (010 is 8), hexadecimal or of base 60 (1:30 is 90).
+OF_ANOTHER_BASE = re.compile(r"[-+]?(0[0-9bx_]|[0-9_]+:)")
 #: Folders of corpora.
 FOLDERS = ("librispeech_dir", "wham_dir", "metadata_dir", "librimix_dir")
 #: Folders that are relative to where the user is.
@@ -188,7 +191,7 @@ def parse_options(options, known):
             given[key] = None if key in OF_NULL and text == "null" else text
             continue
         try:
-            given[key] = yaml.safe_load(text)
+            given[key] = text if OF_ANOTHER_BASE.match(text) else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             given[key] = text
     return given

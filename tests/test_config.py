@@ -105,6 +105,8 @@ def test_options_get_the_type_of_their_setting(key, text, value):
         ("n_src", "true", "must be a whole number, not True"),
         ("n_src", "two", "must be a whole number, not 'two'"),
         ("n_src", "[2", "must be a whole number"),
+        ("n_filters", "010", "must be a whole number, not '010'"),
+        ("n_filters", "1:30", "must be a whole number, not '1:30'"),
         ("n_src", "0", "must be above 0"),
         ("n_src", "-1", "must be above 0"),
         ("seed", "-1", "must be at least 0, not -1"),
