@@ -241,14 +241,15 @@ def test_a_part_that_another_process_removed_meanwhile_is_begun_anew(tmp_path, m
     assert path.read_bytes() == CONTENT and names(tmp_path) == [path.name]
 
 
-def test_a_network_that_is_gone_for_a_moment_is_no_fault_of_the_disk(tmp_path, monkeypatch):
-    path, read = tmp_path / "model.pth", http.client.HTTPResponse.read
+@pytest.mark.parametrize("step", ["begin", "read"])
+def test_a_network_that_is_gone_for_a_moment_is_no_fault_of_the_disk(tmp_path, monkeypatch, step):
+    path, works = tmp_path / "model.pth", getattr(http.client.HTTPResponse, step)
 
     def gone(*_):
-        monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+        monkeypatch.setattr(http.client.HTTPResponse, step, works)
         raise OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
 
-    monkeypatch.setattr(http.client.HTTPResponse, "read", gone)
+    monkeypatch.setattr(http.client.HTTPResponse, step, gone)
     with serving_files({"/m": CONTENT}) as server:
         fetch(f"{server.address}/m", path)
         assert len(server.asked) == 2

@@ -270,13 +270,19 @@ def test_the_first_of_several_sound_tracks_is_separated_and_that_is_told(separat
     first, second = sorted(talks.glob("*.wav"))
     command = ["ffmpeg", "-v", "error", "-i", first, "-i", second, "-f", "lavfi", "-i"]
     command += ["testsrc=d=4:s=64x64:r=5", "-map", "2:v", "-c:v", "mpeg4"]
-    for name, maps in (("one", ["0:a"]), ("two", ["0:a", "1:a"]), ("none", [])):
+    silence = tmp_path / "silence.wav"
+    sf.write(silence, np.zeros(32000), 8000)
+    command[command.index("-f") : command.index("-f")] = ["-i", silence]
+    command[command.index("2:v")] = "3:v"
+    sounds = {"one": ["0:a"], "silent": ["2:a", "0:a"], "two": ["0:a", "1:a"], "none": []}
+    for name, maps in sounds.items():
         maps = [option for sound in maps for option in ("-map", sound)]
         subprocess.run([*command, *maps, "-c:a", "aac", tmp_path / f"{name}.mp4"], check=True)
     told = "it has several sound tracks; the first of them was separated"
     status, text, errors = separate(*sorted(tmp_path.glob("*.mp4")))
     assert status == 1 and "none.mp4 cannot be read: it holds no sound" in errors
-    assert [told in line for line in text.splitlines() if ".mp4: " in line] == [False, True]
+    found = [line for line in text.splitlines() if ".mp4: " in line]
+    assert [told in line for line in found] == [False, True, True] and "it is silent" in found[1]
     tracks = [sf.read(tmp_path / "out" / f"two_est{k}.wav")[0] for k in (1, 2)]
     assert np.corrcoef(sum(tracks)[:32000], sf.read(first)[0])[0, 1] > 0.9
 

@@ -35,7 +35,7 @@ def test_a_folder_is_separated_once_and_again_only_by_force(separate, talks, tmp
 
     before = contents(out)
     for path in out.iterdir():
-        sf.write(path, np.zeros(32000), 8000)
+        sf.write(path, sf.read(path)[0] / 2, 8000)  # as somebody may who edits them
     mine = contents(out)
     status, text, _ = separate(talks)
     assert status == 0 and "4 done before" in text
@@ -103,6 +103,55 @@ def test_a_namesake_of_the_same_length_is_not_taken_for_done(separate, clips, tm
     assert separate(tmp_path / "a" / "talk.wav", *options)[0] == 0
     assert "1 done before" in separate(tmp_path / "a" / "talk.wav", *options)[1]
     status, _, errors = separate(tmp_path / "b" / "talk.wav", *options)
+    assert status == 1 and "is of another recording than" in errors
+
+
+def test_files_that_are_another_recordings_stop_no_other_recording(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    changes = {
+        "shorter": lambda path: sf.write(path, voice[:20000], 8000),
+        "slower": lambda path: sf.write(path, voice, 4000),
+        "empty": lambda path: sf.write(path, voice[:0], 8000),
+        "sample": lambda path: sf.write(path, voice[:1], 8000),
+        "untouched": lambda path: None,
+    }
+    recordings = [tmp_path / f"{name}.wav" for name in changes]
+    for path in recordings:
+        sf.write(path, voice, 8000)
+    assert separate(*recordings)[0] == 0
+    for name, change in changes.items():
+        change(tmp_path / "out" / f"{name}_est2.wav")
+    status, text, errors = separate(*recordings)
+    assert status == 1 and "1 done before, 4 failed" in text
+    assert errors.count("is of another recording than") == 4
+
+
+@pytest.mark.parametrize("options", [("--format", "ogg"), ("--no-mixture-consistency",)])
+def test_what_is_hardly_in_its_files_is_done_before_as_well(separate, clips, tmp_path, options):
+    voice, *_ = clips.values()
+    step = np.where(np.arange(len(voice)) < 16000, 0, 10000)
+    tone = 9000 * np.sin(2.5 * np.arange(len(voice)))
+    samples = {
+        "cancels": np.column_stack([voice, -voice]),
+        "steps": voice // 4 + step,
+        "whistles": (voice // 50 + tone).astype(np.int16),
+        "silent": 0 * voice,
+    }
+    for name, signal in samples.items():
+        rate = 48000 if name == "whistles" else 8000  # 19 kHz, which no model hears
+        sf.write(tmp_path / f"{name}.wav", signal.astype(np.int16), rate)
+    recordings = [tmp_path / f"{name}.wav" for name in samples]
+    assert separate(*recordings, *options)[0] == 0
+    assert "4 done before, 0 failed" in separate(*recordings, *options)[1]
+
+
+def test_silent_files_are_not_those_of_a_recording_with_sound(separate, clips, tmp_path):
+    voice, *_ = clips.values()
+    (tmp_path / "a").mkdir()
+    sf.write(tmp_path / "a" / "talk.wav", 0 * voice, 8000)
+    sf.write(tmp_path / "talk.wav", voice, 8000)
+    assert separate(tmp_path / "a" / "talk.wav")[0] == 0
+    status, _, errors = separate(tmp_path / "talk.wav")
     assert status == 1 and "is of another recording than" in errors
 
 
@@ -178,9 +227,9 @@ def test_a_file_that_may_hold_nobody_is_named(clips, tmp_path, capsys):
     [
         (["--block", "0.01"], "--block must be at least 0.5 s"),
         (["--block", "inf"], "--block must be at least 0.5 s"),
-        (["--peak", "3"], "the peak must be from -90 dB to 0"),
-        (["--peak", "-91"], "the peak must be from -90 dB to 0"),
-        (["--peak", "nan"], "the peak must be from -90 dB to 0"),
+        (["--peak", "3"], "the peak (--peak) must be from -90 dB to 0"),
+        (["--peak", "-91"], "the peak (--peak) must be from -90 dB to 0"),
+        (["--peak", "nan"], "the peak (--peak) must be from -90 dB to 0"),
         (["--batch", "0"], "and --batch at least 1"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used"),
@@ -331,6 +380,8 @@ def test_recordings_are_found_whatever_the_case_of_their_suffix_and_at_any_depth
     wanted = [folder / name for name in ("1.WAV", "2.Mp3", "3.aif", "5.m4a")]
     assert find_recordings([str(folder)]) == wanted
     assert find_recordings([str(tmp_path / "**" / "*.WAV")]) == wanted[:1]
+    again = [wanted[1], wanted[0], wanted[1]]
+    assert find_recordings([*map(str, again), str(folder)]) == [*again[:2], *wanted[2:]]
 
 
 def test_of_namesakes_the_second_is_refused_also_if_the_first_was_done_before(

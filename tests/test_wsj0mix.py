@@ -187,6 +187,12 @@ def test_what_is_not_there_is_named(prepared, refused, options, words, hint):
         prepared(**options)
 
 
+def test_a_part_that_is_not_there_is_named(copy, prepared, refused):
+    shutil.rmtree(copy / "2speakers" / "wav8k" / "min" / "tt")
+    with refused("no wav file in", "min/tt/s1", "must hold tr, cv and tt"):
+        prepared(speech=str(copy))
+
+
 def test_a_mixture_of_two_channels_is_named(copy, prepared, refused):
     for path in (copy / "2speakers" / "wav8k" / "min" / "tr" / "mix").glob("*"):
         samples, rate = sf.read(path)

@@ -45,14 +45,16 @@ def prepare(source, target, settings):
         root = source / tree / part
         names = sorted(path.stem for path in (root / "s1").glob("[!.]*.wav"))
         if not names:
-            raise UserError(f"there is no wav file in {root / 's1'}; {_hint(source, n_src)}")
+            raise UserError(f"there is no wav file in {root / 's1'}; {_hint(source, tree, n_src)}")
         mixed.write_split(root, target / split, names, lambda name: speakers_of(name, n_src))
         mixed.report_sums(root, "mix", names, [f"s{k}" for k in range(1, n_src + 1)])
         mixed.report_count(split, len(names), OFFICIAL[split])
     print("  the speakers of valid may be those of train, as WSJ0-mix has it; those of test not")
 
 
-def _hint(source, n_src):
+def _hint(source, tree, n_src):
+    if (source / tree).is_dir():
+        return f"{source / tree} must hold tr, cv and tt, each with mix, s1, s2 and so on"
     there = sorted(str(path.relative_to(source)) for path in source.glob("[23]speakers/wav*k/m*"))
     if there:
         return f"{source} has {', '.join(there)}; see --n_src, --sample_rate and --mode"

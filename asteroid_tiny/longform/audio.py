@@ -57,9 +57,10 @@ class Recording:
         n_samples (int or None): Samples, if known before they are read.
         n_read (int): Samples that were read so far.
         warning (str): What is wrong with it, as is found once it is read, or nothing.
+        has_more (bool): Whether it has more sound tracks, as is found once it is read.
     """
 
-    warning = ""
+    warning, has_more = "", False
 
     def __init__(self, sample_rate, n_channels, n_samples, blocks, n_told=0):
         self.sample_rate = sample_rate
@@ -89,6 +90,12 @@ class Recording:
             )
         elif not self.warning and self.n_read and not loudest:
             self.warning = "it is silent"
+        if self.has_more:
+            self.warn("it has several sound tracks; the first of them was separated")
+
+    def warn(self, text):
+        """Adds to `warning`."""
+        self.warning = "; ".join(filter(None, (self.warning, text)))
 
 
 @contextlib.contextmanager
@@ -197,14 +204,12 @@ def _floats(path, recording, process, errors):
         whole = len(data) // (4 * n_channels) * n_channels
         yield np.frombuffer(data, ">f4", whole).astype(np.float32).reshape(-1, n_channels)
     status, found = process.wait(), _last_line(errors)
-    several = _ffmpeg(path, "null", "pcm_f32be", "-t", "0", track=1)
     how = "is damaged" if recording.n_read else "cannot be read"
     if status != 0 or (found and _ends_before(path, recording)):
         raise UserError(f"{path} {how}: {found or 'it ends too early'} (ffmpeg)")
-    if found:
-        recording.warning = f"it may be incomplete; ffmpeg says: {found}"
-    elif subprocess.run(several, capture_output=True).returncode == 0:
-        recording.warning = "it has several sound tracks; the first of them was separated"
+    recording.warning = f"it may be incomplete; ffmpeg says: {found}" if found else ""
+    more = _ffmpeg(path, "null", "pcm_f32be", "-t", "0", track=1)
+    recording.has_more = subprocess.run(more, capture_output=True).returncode == 0
 
 
 def _ffmpeg(path, form, codec, *options, track=0):
@@ -340,7 +345,7 @@ def check_peak(peak):
     """Raises a `UserError` if a peak in dB re full scale, if any, is none that 16 bits can have."""
     if peak is not None and not LOWEST_PEAK <= peak <= 0:
         raise UserError(
-            f"the peak must be from {LOWEST_PEAK:g} dB to 0, which is full scale, not {peak:g}"
+            f"the peak (--peak) must be from {LOWEST_PEAK:g} dB to 0, full scale, not {peak:g}"
         )
 
 

@@ -7,6 +7,7 @@ recording once all its blocks are separated, which is more often right. A short 
 block, though longer than others: so there is nothing to decide.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -322,8 +323,9 @@ def separate_file(
                 yield from share_rest(stored, again.pieces(), recording.sample_rate)
 
         gain, levels = write_tracks(targets, tracks, recording.sample_rate, peak)
-        if not recording.warning and os.path.getsize(path) > size:
-            recording.warning = "it has grown meanwhile; what came late may be missing"
+        with contextlib.suppress(OSError):  # it may be gone by now
+            if os.path.getsize(path) > size:
+                recording.warn("it has grown meanwhile; what came late may be missing")
     return {
         "seconds": recording.n_read / recording.sample_rate,
         "n_channels": recording.n_channels,

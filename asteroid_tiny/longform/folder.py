@@ -1,7 +1,6 @@
 """Separates many recordings: finds them, skips what is done, and says what became of each."""
 
 import glob
-import itertools
 import math
 import os
 import re
@@ -22,8 +21,9 @@ from .blocks import BLOCK, separate_file
 
 SHORTEST = 0.5  # s: block in which a voice can be heard
 FAINT = 25.0  # dB below the loudest file, of one that may hold nobody
-LOOKED_AT = 60  # s of a recording, at most, that tell whether files are its
+LOOKED_AT = 20  # s of a recording, at most, that tell whether files are its
 LEAST_ALIKE = 0.1  # correlation of a recording and the sum of its files
+STEP = 2.0**-15  # of 16 bits re full scale, below which files are silent
 
 
 def separate_all(
@@ -93,7 +93,7 @@ def separate_all(
                     f"{path} and {written[targets[0]]} would both be written to {targets[0]}; "
                     "separate one of them into another folder (-o)"
                 )
-            if is_done(targets, path, force):
+            if is_done(targets, path, force, sums=not no_mixture_consistency):
                 n_before += 1
                 written[targets[0]] = path
                 print(f"  {path}: done before, {targets[0]} is there (--force writes anew)")
@@ -183,12 +183,18 @@ def _is_output(path, out, recordings):
     return bool(found) and there and any(found[1] == other.stem for other in recordings)
 
 
-def is_done(targets, path, force=False):
+def is_done(targets, path, force=False, sums=True):
     """Whether all files of a recording are there.
+
+    Args:
+        targets (list of Path): The files.
+        path (Path): The recording.
+        force (bool): Whether they are to be written anew.
+        sums (bool): Whether they sum to the recording.
 
     Raises:
         UserError: If a file is in the way: the recording itself, some of them without others, or
-            those of another recording, as length, rate and the first minute tell.
+            those of another recording, as length, rate and, if they sum, the first seconds tell.
     """
     there = [target for target in targets if target.exists()]
     if any(target.samefile(path) for target in there if path.exists()):
@@ -202,30 +208,44 @@ def is_done(targets, path, force=False):
         return False
     if len(there) < len(targets):
         raise UserError(f"{there[0]} is in the way; move it, or write over it with --force")
-    if path.exists():
-        with open_recording(path) as ours, open_recording(targets[0]) as theirs:
-            alike = ours.sample_rate == theirs.sample_rate
-            if alike and ours.n_samples != theirs.n_samples:  # it may be unknown, or an estimate
-                alike = sum(map(len, ours.pieces())) == theirs.n_samples
-        if not alike or not _sum_is_like(targets, path):
-            raise UserError(
-                f"{targets[0]} is of another recording than {path}; give another folder (-o), "
-                "or write over it with --force"
-            )
+    if path.exists() and not _is_of(path, targets, sums):
+        raise UserError(
+            f"{targets[0]} is of another recording than {path}; give another folder (-o), or write "
+            "over it with --force"
+        )
     return True
 
 
-def _sum_is_like(targets, path):
-    """Whether the sum of files correlates with a recording, or that is silent (bool)."""
+def _is_of(path, targets, sums):
+    """Whether files have the length and rate of a recording, and sum to it (bool)."""
+    with open_recording(path) as ours:
+        length, rate = ours.n_samples, ours.sample_rate
+        for target in targets:
+            with open_recording(target) as theirs:
+                if length != theirs.n_samples:  # it may be unknown, or an estimate
+                    length = sum(map(len, ours.pieces())) or length
+                if (length, rate) != (theirs.n_samples, theirs.sample_rate):
+                    return False
+    if not sums:
+        return True
+    mixture, *tracks = map(_start, (path, *targets))
+    if any(len(track) != len(mixture) for track in tracks):  # than it tells, it may have less
+        return False
+    total = sum(tracks)
+    likeness = np.sqrt((mixture @ mixture) * (total @ total)) * LEAST_ALIKE
+    return np.abs(mixture).max(initial=0) < STEP or mixture @ total > likeness
 
-    def start(name):
-        with open_recording(name) as recording:
-            samples = np.concatenate([*itertools.islice(recording.pieces(), LOOKED_AT), []])
-        return samples - samples.mean() if len(samples) else samples
 
-    mixture, total = start(path), sum(map(start, targets))
-    powers = (mixture @ mixture) * (total @ total)
-    return (mixture @ total) ** 2 >= LEAST_ALIKE**2 * powers
+def _start(path):
+    """The first seconds of a recording, without an offset (numpy.ndarray)."""
+    with open_recording(path) as recording:
+        pieces, samples = recording.pieces(), [np.zeros(0)]
+        while (piece := next(pieces, None)) is not None:
+            samples.append(piece)
+            if sum(map(len, samples)) >= LOOKED_AT * recording.sample_rate:
+                break
+    start = np.concatenate(samples)
+    return start - start.mean() if len(start) else start
 
 
 def _separate_one(network, path, targets, options):
