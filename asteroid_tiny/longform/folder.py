@@ -238,9 +238,9 @@ def _is_of(path, targets, sums):
 
 def _start(path):
     """The first seconds of a recording, without an offset (numpy.ndarray)."""
+    samples = [np.zeros(0)]
     with open_recording(path) as recording:
-        pieces, samples = recording.pieces(), [np.zeros(0)]
-        while (piece := next(pieces, None)) is not None:
+        for piece in recording.pieces():
             samples.append(piece)
             if sum(map(len, samples)) >= LOOKED_AT * recording.sample_rate:
                 break
