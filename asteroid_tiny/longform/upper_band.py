@@ -37,8 +37,7 @@ def share_rest(tracks, mixture, sample_rate):
         >>> np.allclose(shared.sum(1), mixture)
         True
     """
-    # samples on either side that a share depends on
-    margin = reach(sample_rate) + DIFFERENCES * _lag(sample_rate)
+    margin = reach(sample_rate) + DIFFERENCES * _lag(sample_rate)  # what a share depends on
     held = None
     for piece in _side_by_side(tracks, mixture, sample_rate):
         if held is None:
