@@ -103,7 +103,7 @@ def main(argv=None):
             with exit_on_user_error():
                 return function(argv[1:])
     options = parser.parse_args(argv)
-    function, _ = COMMANDS[options.command]
+    function, _ = COMMANDS[vars(options).pop("command")]
     if hasattr(sys.stdout, "reconfigure"):  # names of files may be what no encoding knows
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -185,8 +185,7 @@ def evaluate(options):
         write_list,
     )
     from .evaluation import evaluate
-    from .inspection import open_model
-    from .longform.folder import find_device
+    from .inspection import find_device, open_model
     from .report import write_report
     from .summary import format_table
 
@@ -281,6 +280,8 @@ def export(options):
 
 #: Options of what a new publish folder says.
 NEW = ("out", "name", "data_name", "data_licence", "data_url", "data_author", "licence", "half")
+#: Options of its metrics.
+METRICS_BY = ("summary", "test_name", "made_by")
 
 
 def _publish_options(parser):
@@ -296,6 +297,9 @@ def _publish_options(parser):
         help="licence of the weights (that of SOURCE if it tells one, else cc-by-sa-3.0)",
     )
     parser.add_argument("--summary", type=Path, help="metrics: results/summary.json of a stage 3")
+    parser.add_argument(
+        "--test_name", help="what data the metrics are of (the training data's test)"
+    )
     parser.add_argument("--command", dest="made_by", help="the command that made the metrics")
     parser.add_argument("--half", action="store_true", help="store weights in 16 bits, if they can")
     parser.add_argument("--onnx", action="store_true", help="add the model as an ONNX file")
@@ -331,9 +335,9 @@ def _refuse_idle(options, published):
     idle = {"private": "without --push"} if not options.push else {}
     if published:
         ready = f"since {options.source} is published already; give the run or the model instead"
-        idle |= dict.fromkeys((*NEW, "summary", "made_by"), ready)
+        idle |= dict.fromkeys((*NEW, *METRICS_BY), ready)
     elif (Path(options.source) / "conf.yml").exists():
-        idle |= dict.fromkeys(("summary", "made_by"), "since a run has its own")
+        idle |= dict.fromkeys(METRICS_BY, "since a run has its own")
     for key, why in idle.items():
         if getattr(options, key):
             raise UserError(f"--{'command' if key == 'made_by' else key} has no effect {why}")
@@ -375,7 +379,7 @@ def _publish_any(options):
         },
     }
     about["licence"] = options.licence or told.get("licence") or "cc-by-sa-3.0"
-    about["command"] = options.made_by
+    about |= {"command": options.made_by, "test_name": options.test_name}
     about["summary"] = read_summary(options.summary)
     return publish(load(options.source), options.out, about, options.half)
 

@@ -48,6 +48,8 @@ MAY_BE_ZERO = (
     "cooldown_steps hold_steps colour overlap_ratio least_overlap turns silent_sources "
     "level_spread reverb noise microphone num_workers eval_workers budget_minutes average"
 ).split()
+#: Settings by which mixtures are drawn, where no list has them.
+DRAWN = ("max_gap", "overlap_ratio", "least_overlap", "turns", "level_spread", "colour")
 #: Settings with an upper limit, which they may not reach.
 BELOW = {"dropout": 1, "speed_perturb": 100, "average": 1, "seed": 2**32}
 #: Settings with an upper limit, which they may reach.

@@ -23,10 +23,10 @@ import numpy as np
 
 from .errors import UserError
 from .hub import list_models
-from .inspection import made_for, open_model
+from .inspection import find_device, made_for, open_model
 from .longform.audio import open_recording, resample
 from .longform.blocks import separate_file
-from .longform.folder import find_device, notes_on
+from .longform.folder import notes_on
 from .plots import loudest, spectrogram
 
 SHORTEST = 0.5  # s; less holds nothing that can be told apart

@@ -15,8 +15,7 @@ class UserError(ValueError):
 
 def sentence(error):
     """The sentence of a `UserError`, which a data loader's worker wraps in a traceback (str)."""
-    last = str(error).splitlines()[-1]
-    return last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
 
 
 def printable(words):

@@ -86,8 +86,13 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         table.to_csv(csv_file, index=False, float_format="%.4f")
         summary_file.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         for name, signals in examples.items():
-            _write_example(folder / re.sub(r"[^\w.-]", "_", name), dataset.sample_rate, *signals)
+            _write_example(folder / example_name(name), dataset.sample_rate, *signals)
     return summary
+
+
+def example_name(mixture_id):
+    """What stands for the id of a mixture in the name of a folder (str)."""
+    return re.sub(r"[^\w.-]", "_", mixture_id)
 
 
 def separate(model, dataset, index, device="cpu"):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cost import count_macs
-from .errors import printable
+from .errors import UserError, printable
 from .export import OnnxSeparator
 from .hub import locate
 from .models import from_pretrained
@@ -167,3 +167,22 @@ class _Memory(TorchDispatchMode):
 
     def _free(self, n_bytes):
         self.held -= n_bytes
+
+
+def find_device(name):
+    """The device of a name (torch.device); "auto" is a GPU, if there is one.
+
+    Raises:
+        UserError: If it cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {told}") from None
+    if device.type == "meta":
+        raise UserError("--device meta cannot be used here: it holds no data")
+    return device

@@ -22,25 +22,30 @@ from .linear import Linear
 NORM_EPS = 1e-8
 
 
-class GlobalNorm(nn.Module):
+class MaskerNorm(nn.Module):
     """Normalises each item over all its frames and channels ("gLN"), or each frame ("cLN").
 
     Args:
         chan (int): Number of channels, the last dimension.
-        per_frame (bool): Whether every frame is normalised by itself.
+        norm_type (str): "gLN" or "cLN".
+
+    Raises:
+        ValueError: If it is neither.
 
     Shape:
         (batch, .., chan) -> the same.
     """
 
-    def __init__(self, chan, per_frame=False):
+    def __init__(self, chan, norm_type="gLN"):
         super().__init__()
-        self.per_frame = per_frame
+        if norm_type not in ("gLN", "cLN"):
+            raise ValueError(f"norm_type must be 'gLN' or 'cLN', not {norm_type!r}")
+        self.norm_type = norm_type
         self.weight = nn.Parameter(torch.ones(chan))
         self.bias = nn.Parameter(torch.zeros(chan))
 
     def forward(self, x):
-        if self.per_frame:
+        if self.norm_type == "cLN":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, NORM_EPS)
         # one scale and shift an item and channel, so that x alone is kept for the backward pass
         wide = x.float() if x.dtype == torch.float16 else x  # where NORM_EPS would be 0
@@ -96,8 +101,6 @@ class DualPathMasker(nn.Module):
         hop_size = chunk_size // 2 if hop_size is None else hop_size
         if hop_size < 1 or chunk_size % hop_size:
             raise ValueError(f"hop_size ({hop_size}{half}) must divide chunk_size ({chunk_size})")
-        if norm_type not in ("gLN", "cLN"):
-            raise ValueError(f"norm_type must be 'gLN' or 'cLN', not {norm_type!r}")
         if bn_chan % 2:
             raise ValueError(f"bn_chan must be even, not {bn_chan}")
         if n_src < 1:
@@ -108,7 +111,7 @@ class DualPathMasker(nn.Module):
         self.checkpoint_activations = checkpoint_activations
 
         def norm(chan):
-            return GlobalNorm(chan, per_frame=norm_type == "cLN")
+            return MaskerNorm(chan, norm_type)
 
         def stack(n_layers):
             return LayerStack(make_layer, n_layers, bn_chan, share_layers, checkpoint_activations)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from pathlib import Path
 
-from .config import per_process, recipe_folder
+from .config import DRAWN, per_process, recipe_folder
 from .data import (
     MixtureList,
     NoiseDir,
@@ -30,9 +30,8 @@ SHORTEST = 0.5  # s: utterances below are reported
 #: Corpora that have mixture lists of their own, and their modules.
 LISTED = {"wsj0-mix": wsj0mix, "librimix": librimix}
 CORPORA = ("kaldi", "own", *LISTED)
-#: Settings by which lists are drawn, and by which training mixtures are: not those of a corpus.
+#: Settings by which lists are drawn: not those of a corpus.
 LISTS_BY = ("eval_segment", "valid_seed", "test_seed")
-TRAINING_BY = ("max_gap", "overlap_ratio", "least_overlap", "turns", "level_spread", "colour")
 
 
 def check_options(settings, defaults, given):
@@ -58,11 +57,11 @@ def check_options(settings, defaults, given):
         raise UserError("--noise_dir has no effect without --noise, the share of the mixtures")
     if settings["corpus"] not in LISTED:
         return
-    idle = LISTS_BY if settings["dynamic_mixing"] else LISTS_BY + TRAINING_BY
+    idle = LISTS_BY if settings["dynamic_mixing"] else LISTS_BY + DRAWN
     for key in idle:
         if key in given and settings[key] != defaults[key]:
-            what = "its own training" if key in TRAINING_BY else "its own validation and test"
-            hint = "; --dynamic_mixing true draws others" if key in TRAINING_BY else ""
+            what = "its own training" if key in DRAWN else "its own validation and test"
+            hint = "; --dynamic_mixing true draws others" if key in DRAWN else ""
             raise UserError(
                 f"--{key} has no effect: {settings['corpus']} has {what} mixtures{hint}"
             )

@@ -32,8 +32,8 @@ NEEDED = {
     "summary": "metrics, as stage 3 writes them to results/summary.json",
     "licence": "licence of the weights",
 }
-LIMITS = """It separates mixtures of {n_src} speakers at {sample_rate:g} Hz, and of no other number;
-    audio of another rate must be resampled. What was not in its training data, be it noise, rooms,
+LIMITS = """It gives {n_src} estimates at {sample_rate:g} Hz, however many speakers there are; audio
+    of another rate must be resampled. What was not in its training data, be it noise, rooms,
     languages or microphones, it has not learned; how it does on the test set says little about
     them. It keeps no speaker in one place from one call to the next. Separated speech may hold
     residues of the other speakers, and is no proof of who said what."""
@@ -56,7 +56,8 @@ def publish(model, folder, about, half=False, signals=None):
         about (dict): `name`; `data_name`, `data_licence` and, if known, `data_url` and
             `data_author` of the training data; `licence` of the weights; `summary`, what
             `evaluate` returns; and what else is known of `training` (dict), `command` (str),
-            `credits` (str), `recipe` (str) and `settings` (dict).
+            `test_name` of the data that `summary` is of (str), `credits` (str), `recipe` (str) and
+            `settings` (dict).
         half (bool): Whether weights are stored in 16 bits, if their estimates stay within 40 dB
             SI-SDR of the exact ones; else they are stored in 32, which is said.
         signals (iterable of torch.Tensor, optional): Mixtures (time,) to compare estimates on;
@@ -230,7 +231,7 @@ def model_card(config, about):
     table = format_table(about["summary"])
     limits = LIMITS.format(**config)
     parts = [
-        f"---\n{yaml.safe_dump(_metadata(config), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_metadata(config, about), sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
         f"{config['model_name']}, an Asteroid model with {config['n_parameters']:,} parameters "
         f"({config['dtype']}) that separates {n_src} speakers in audio of "
@@ -260,7 +261,7 @@ def _wrap(part):
     return textwrap.fill(part, 99, break_on_hyphens=False, break_long_words=False)
 
 
-def _metadata(config):
+def _metadata(config, about):
     """The block on top of a model card, in the hub's terms."""
     licence, data, metrics = (
         config["licence"],
@@ -268,11 +269,11 @@ def _metadata(config):
         config["metrics"],
     )
     known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence)
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", data).strip("-.")
+    tested = about.get("test_name")
     shown = {"si_sdr_i": "SI-SDR improvement (dB)", "sdr_i": "SDR improvement (dB)", "stoi": "STOI"}
     results = {
         "task": {"type": "audio-to-audio", "name": f"Separation of {config['n_src']} speakers"},
-        "dataset": {"type": slug, "name": f"{data}, test"},
+        "dataset": {"type": _slug(tested or data), "name": tested or f"{data}, test"},
         "metrics": [
             {"type": key, "name": title, "value": round(metrics[key], 3)}
             for key, title in shown.items()
@@ -285,9 +286,13 @@ def _metadata(config):
         "library_name": "asteroid",
         "pipeline_tag": "audio-to-audio",
         "tags": ["asteroid", "audio", "speech-separation", "asteroid-tiny", config["model_name"]],
-        "datasets": [slug],
+        "datasets": [_slug(data)],
         "model-index": [{"name": config["name"], "results": [results]}],
     }
+
+
+def _slug(name):
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
 
 
 def add_to_zoo(folder):

@@ -15,6 +15,7 @@ import pandas as pd
 import soundfile
 
 from .errors import UserError
+from .evaluation import example_name
 from .files import whole_file
 from .plots import Axes, loudest, side_by_side, spectrogram
 from .summary import format_table, units_of
@@ -64,7 +65,7 @@ def write_report(results, title, credits="", curves=()):
     results = Path(results)
     try:
         summary = json.loads((results / "summary.json").read_text())
-        table = pd.read_csv(results / "metrics.csv")
+        table = pd.read_csv(results / "metrics.csv", dtype={"mixture_id": str, "speakers": str})
     except (OSError, ValueError) as error:
         raise UserError(f"{results} holds no results to report: {error}") from None
     measured = table[table.si_sdr_i.notna()]  # none of single speakers
@@ -182,7 +183,7 @@ def _in_order(folder):
 def _example(folder, table):
     """The spectrograms and players of one mixture, all in one scale of colours."""
     rank, _, name = folder.name.partition("_")
-    rows = table[table.mixture_id.map(lambda i: re.sub(r"[^\w.-]", "_", str(i))) == name]
+    rows = table[table.mixture_id.map(example_name) == name]
     about = ""
     if len(rows):
         row = rows.iloc[0]

@@ -28,7 +28,7 @@ from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
 from .checkpointing import RandomStates, WholeCheckpoints, checkpoints
-from .config import per_process
+from .config import DRAWN, per_process
 from .data import (
     DynamicMixtures,
     EpochSampler,
@@ -44,8 +44,7 @@ from .report import write_curves
 from .schedule import Schedule, whole_epochs
 from .weights import load_weights_only
 
-#: Settings that are arguments of `DynamicMixtures`, and those of `RepeatedMixtures`, too.
-DRAWN = "max_gap overlap_ratio least_overlap turns level_spread colour".split()
+#: Settings that are arguments of `DynamicMixtures`, as `DRAWN` are, and of `RepeatedMixtures`.
 CHANGED = "silent_sources", "reverb", "noise", "microphone"
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
 BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more

@@ -32,6 +32,7 @@ FORMAT = "asteroid_tiny/1"
 MAX_CONFIG = 1 << 20  # bytes; one that we write has a few thousand
 COUNTS = "n_src n_filters kernel_size stride bn_chan chunk_size n_heads ff_hid".split()
 COUNTS += "n_repeats n_intra_layers n_inter_layers".split()
+COUNTS_IF_ANY = "hop_size", "attn_chan", "conv_kernel_size"
 MAX_LAYERS = 1000  # of a stack that shares them: more is a typing error
 
 
@@ -379,13 +380,16 @@ def check_numbers(args):
     Raises:
         ValueError: If there is such a number.
     """
-    for name in COUNTS:
-        if isinstance(args[name], bool) or not isinstance(args[name], int) or args[name] < 1:
+    given = [name for name in COUNTS_IF_ANY if args.get(name) is not None]
+    for name in (*COUNTS, *given):
+        if type(args[name]) is not int or args[name] < 1:
             raise ValueError(f"{name} must be a whole number above 0, not {args[name]!r}")
     for name, low, high in (("sample_rate", 1, 1e6), ("dropout", 0, 1)):
         value = args[name]
         if type(value) not in (int, float) or not low <= value <= high:
             raise ValueError(f"{name} must be a number from {low} to {high:g}, not {value!r}")
+    if args["dropout"] == 1:
+        raise ValueError("dropout must be below 1")
     if args["stride"] > args["kernel_size"]:
         raise ValueError(f"stride ({args['stride']}) must not be above the kernel_size")
 

@@ -92,7 +92,7 @@ ARGUMENTS = {
     "ff_hid": (40, lambda m: first_layer(m).feed_forward.widen.out_features),
     "dropout": (0.25, lambda m: first_layer(m).dropout.p),
     "share_layers": (None, lambda m: len(m.masker.intra[0].layers) == 1),
-    "norm_type": ("cLN", lambda m: "cLN" if m.masker.inter_norm[0].per_frame else "gLN"),
+    "norm_type": ("cLN", lambda m: m.masker.inter_norm[0].norm_type),
     "mask_act": ("sigmoid", lambda m: m.masker.mask_act.__class__.__name__.lower()),
     "checkpoint_activations": (True, lambda m: m.masker.inter[1].checkpoint_activations),
     "sample_rate": (16000, lambda m: m.sample_rate),

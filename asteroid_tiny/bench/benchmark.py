@@ -8,7 +8,6 @@ unless the machine or what is asked for has changed.
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from ..errors import UserError
 from ..files import whole_file
 from ..models import PRESETS
 from ..recipe import without_paths
+from .machine import cpu_name
 from .page import write_page
 from .peers import PEERS
 
@@ -185,12 +185,11 @@ def describe_machine():
 
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"model name\s*: (.*)", text)
     flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
     present = flags[1].split() if flags else []
     packages = ("torch", "asteroid", "speechbrain", "onnxruntime")
     return {
-        "cpu": model[1] if model else platform.machine(),
+        "cpu": cpu_name(),
         "flags": [flag for flag in FLAGS if flag in present],
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -11,7 +11,6 @@ memory, in proportion to the next shorter length, is not tried.
 
 import contextlib
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from ..cost import count_macs, saved_bytes
 from ..errors import UserError
 from ..models import PRESETS
+from .machine import available_bytes, peak_bytes, reset_peak, resident_bytes
 from .peers import PEERS, build_peer
 
 SAMPLE_RATE = 8000
@@ -214,7 +214,7 @@ def noise(length):
 
 
 def training_step(model, context=None):
-    """A function of a mixture that trains one step: forward, loss of the recipes, backward, AdamW.
+    """A function of a mixture that trains one step: forward, SI-SDR loss, backward, AdamW.
 
     Args:
         model (torch.nn.Module): The model.
@@ -247,7 +247,7 @@ def at_each(lengths, limit, prepare):
     Yields:
         dict: `length`, `cpu_s`, `wall_s`, `n_runs` and `peak_bytes`, or `skipped` with the reason.
     """
-    base, last = resident("VmRSS"), None
+    base, last = resident_bytes(), None
     for length in lengths:
         reason = last and too_much(last, length / last["length"], limit)
         if reason:
@@ -258,7 +258,7 @@ def at_each(lengths, limit, prepare):
             run()  # warm-up
         reset_peak()
         last = {"length": length, **timed(run, at_least=2 if length <= 4 else 1)}
-        last["peak_bytes"] = max(0, resident("VmHWM") - base)
+        last["peak_bytes"] = max(0, peak_bytes() - base)
         yield last
 
 
@@ -281,30 +281,6 @@ def timed(run, at_least=2):
         runs.append((time.process_time() - cpu, time.perf_counter() - wall))
     cpu, wall = min(runs)
     return {"cpu_s": cpu, "wall_s": wall, "n_runs": len(runs)}
-
-
-def reset_peak():
-    """Lets the peak of resident memory begin anew.
-
-    Where the kernel refuses, the lengths' ascending order keeps the peaks right all the same, as
-    long as they are above that of loading.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(key):
-    """Resident memory of this process in bytes: VmRSS now, VmHWM at its peak."""
-    return _kilobytes("/proc/self/status", key)
-
-
-def available_bytes():
-    """Memory that is available on this machine."""
-    return _kilobytes("/proc/meminfo", "MemAvailable")
-
-
-def _kilobytes(path, key):
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path(path).read_text())[1])
 
 
 def figures_of(task):

@@ -1,14 +1,8 @@
 """What a training costs and gives at points of its way: a callback of Lightning."""
 
-import contextlib
 import hashlib
-import platform
-import re
-import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -17,8 +11,7 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 from ..errors import UserError
 from ..summary import mean_interval
 from ..training import validation_loader
-
-STATUS = Path("/proc/self/status")  # of Linux
+from .machine import cpu_name, peak_bytes, reset_peak
 
 
 class Points(pl.Callback):
@@ -160,7 +153,9 @@ class Meter:
 
     def __init__(self, device):
         self.is_gpu = device.type == "cuda"
-        self.name = torch.cuda.get_device_name(device) if self.is_gpu else cpu_name()
+        threads = torch.get_num_threads()
+        on_cpu = f"CPU ({cpu_name()}), {threads} thread{'s' * (threads > 1)}"
+        self.name = torch.cuda.get_device_name(device) if self.is_gpu else on_cpu
         self.loaded = 0
         self.reset()
         self.loaded = self.memory()
@@ -176,27 +171,11 @@ class Meter:
         """The most bytes held since `reset`, beyond those held in the beginning."""
         if self.is_gpu:
             return torch.cuda.max_memory_allocated() - self.loaded
-        if STATUS.exists():  # else the most since the process began
-            peak = int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak *= 1 if sys.platform == "darwin" else 1024
-        return peak - self.loaded
+        return peak_bytes() - self.loaded
 
     def reset(self):
         """Forgets the most that was held."""
         if self.is_gpu:
             torch.cuda.reset_peak_memory_stats()
             return
-        with contextlib.suppress(OSError):
-            (STATUS.parent / "clear_refs").write_text("5")
-
-
-def cpu_name():
-    """What the CPU is called, and how many threads compute (str)."""
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        name = platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"CPU ({name}), {threads} thread{'s' * (threads > 1)}"
+        reset_peak()

@@ -118,7 +118,7 @@ def open_recording(path):
         open(path, "rb").close()  # of what forbids that, soundfile tells less
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    told = 0
+    file, told = None, 0
     try:
         file = soundfile.SoundFile(path)
         empty = file.frames == 0 and Path(path).stat().st_size > LONG_HEADER
@@ -133,6 +133,8 @@ def open_recording(path):
     except TypeError:  # of soundfile, for the suffix .raw
         why = "it is raw, which tells neither rate nor format"
     if why:
+        if file is not None:
+            file.close()
         with _through_ffmpeg(path, why, told) as recording:
             yield recording
         return
@@ -185,8 +187,8 @@ def _through_ffmpeg(path, why, told):
             header = process.stdout.read(AU_HEADER)
             if len(header) < AU_HEADER:
                 process.wait()
-                told = _last_line(errors) or "it holds no sound"
-                raise UserError(f"{path} cannot be read: {told} (ffmpeg)")
+                said = _last_line(errors) or "it holds no sound"
+                raise UserError(f"{path} cannot be read: {said} (ffmpeg)")
             _, start, _, _, rate, n_channels = struct.unpack(">4s5I", header)
             process.stdout.read(start - AU_HEADER)
             recording = Recording(rate, n_channels, told or None, None, told)
@@ -317,7 +319,7 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
             parts.append(part)
             files.append(stack.enter_context(_create(part, target, sample_rate, n_samples)))
         for piece in make_pieces():
-            for file, track in zip(files, (gain * piece).T):
+            for file, target, track in zip(files, targets, (gain * piece).T):
                 try:
                     for start in range(0, len(track), AT_ONCE):
                         file.write(track[start : start + AT_ONCE])

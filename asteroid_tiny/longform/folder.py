@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import reason
-from ..inspection import DEFAULT, default_for, made_for, open_model
+from ..inspection import DEFAULT, default_for, find_device, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, check_peak, open_recording
 from .blocks import BLOCK, separate_file
 
@@ -37,7 +36,6 @@ def separate_all(
     force=False,
     no_mixture_consistency=False,
     peak=None,
-    **_,
 ):
     """Separates recordings into files of a folder, and prints what became of each.
 
@@ -274,22 +272,3 @@ def notes_on(done):
         if level > FAINT:
             notes.append(f"speaker {k} is {level:.0f} dB softer and may be nobody")
     return f" ({'; '.join(notes)})" if notes else ""
-
-
-def find_device(name):
-    """The device of a name (torch.device); "auto" is a GPU, if there is one.
-
-    Raises:
-        UserError: If it cannot be used here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here: {told}") from None
-    if device.type == "meta":
-        raise UserError("--device meta cannot be used here: it holds no data")
-    return device
