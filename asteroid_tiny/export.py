@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -311,14 +312,12 @@ class OnnxSeparator(torch.nn.Module):
         return estimates[0] if mixture.ndim == 1 else estimates
 
     def separate(self, wav, output_dir=None, *args, **kwargs):
-        """Separates a file, an array or a tensor, as `asteroid.separate` does, which see.
-
-        `output_dir` is made if there is none.
-        """
+        """Separates a file or signals, as `Sepformer.separate` does."""
         from asteroid import separate
 
         if output_dir is not None:
             make_folder(output_dir)
+        wav = str(wav) if isinstance(wav, os.PathLike) else wav
         return separate.separate(self, wav, output_dir, *args, **kwargs)
 
     forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls

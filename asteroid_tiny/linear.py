@@ -87,7 +87,7 @@ def by_onednn(x):
 
 
 def product(x, weight, bias=None, relu=False):
-    """`F.linear`, and a ReLU if asked for, without a gradient."""
+    """`F.linear`, and a ReLU if asked for, without a gradient: (.., in) -> (.., out)."""
     if by_onednn(x):
         activation = "relu" if relu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")

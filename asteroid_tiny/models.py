@@ -5,6 +5,7 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 """
 
 import functools
+import os
 
 import asteroid
 import numpy as np
@@ -135,9 +136,26 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         return estimates
 
     def separate(self, wav, output_dir=None, *args, **kwargs):
-        """As `asteroid.separate`, which see; `output_dir` is made if there is none."""
+        """Separates one signal, as `asteroid.separate.separate`.
+
+        Args:
+            wav (str, Path, np.ndarray or torch.Tensor): A file, whose estimates are written beside
+                it or to `output_dir`, or signals.
+            output_dir (str or Path, optional): Where to; it is made if there is none.
+            *args, **kwargs: Asteroid's, such as `force_overwrite` and `resample`.
+
+        Returns:
+            np.ndarray or torch.Tensor: The estimates of signals, of a file None.
+
+        Shape:
+            (time,) -> (n_src, time), (batch, time) or (batch, 1, time) -> (batch, n_src, time).
+
+        Raises:
+            UserError: If the folder cannot be made.
+        """
         if output_dir is not None:
             make_folder(output_dir)
+        wav = str(wav) if isinstance(wav, os.PathLike) else wav
         return super().separate(wav, output_dir, *args, **kwargs)
 
     def get_model_args(self):

@@ -191,3 +191,8 @@ def test_a_mean_tells_the_licence_and_the_data_that_its_models_agree_in(tmp_path
         main(["info", str(mean)])
         told = capsys.readouterr().out
         assert f"licence         {licence}" in told and "trained on      Corpus" in told
+
+
+def test_a_name_of_two_lines_is_told_whole(tmp_path, capsys):
+    assert status("info", tmp_path / "a\nb.pth") == 2
+    assert f"error: {tmp_path}/a?b.pth" in capsys.readouterr().err

@@ -130,8 +130,11 @@ def test_every_size_is_an_argument_that_is_stored(model_class, name):
         (dict(attn_chan=0), "attn_chan"),
         (dict(attn_chan=18), "attn_chan"),
         (dict(conv_kernel_size=4), "conv_kernel_size"),
+        (dict(conv_kernel_size=-1), "conv_kernel_size"),
         (dict(chunk_size=11), "chunk_size"),
         (dict(hop_size=3), "hop_size"),
+        (dict(hop_size=5.0), "hop_size"),
+        (dict(dropout=1.0), "dropout"),
         (dict(norm_type="bN"), "norm_type"),
         (dict(bn_chan=15, n_heads=1), "bn_chan"),
         (dict(n_src=0), "n_src"),
@@ -296,7 +299,7 @@ def test_separate_resamples_files_of_another_rate(tmp_path):
     with pytest.raises(RuntimeError, match="resample"):
         model.separate(str(path))
     (tmp_path / "out").mkdir()
-    model.separate(str(path), output_dir=str(tmp_path / "out"), resample=True)
+    model.separate(path, output_dir=tmp_path / "out", resample=True)
     written, rate = sf.read(tmp_path / "out" / "talk_est2.wav")
     assert rate == 16000 and len(written) == 4000 and np.abs(written).max() > 0
 

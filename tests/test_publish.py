@@ -341,6 +341,9 @@ def test_half_command_and_licence_reach_what_is_published(tmp_path, about, capsy
     cli.main(command)
     config = json.loads((tmp_path / "p" / CONFIG).read_text())
     assert config["dtype"] == "float16" and config["licence"] == "mit"
-    assert "Made with `make it`" in (tmp_path / "p" / "README.md").read_text()
-    cli.main([*command, "--licence", "cc-by-4.0"])
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "Made with `make it`" in card and "name: d, test" in card
+    cli.main([*command, "--licence", "cc-by-4.0", "--test_name", "Other Speech"])
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "name: Other Speech" in card and "type: Other-Speech" in card and "\n- d\n" in card
     assert json.loads((tmp_path / "p" / CONFIG).read_text())["licence"] == "cc-by-4.0"

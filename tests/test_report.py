@@ -147,6 +147,17 @@ def test_a_table_with_nothing_measured_still_gives_a_page(results, tmp_path):
     assert "<h1>" in write_report(tmp_path / "copy", "none").read_text()
 
 
+def test_ids_of_digits_keep_their_zeros(results, tmp_path):
+    shutil.copytree(results, tmp_path / "copy")
+    for path in [tmp_path / "copy" / "metrics.csv", *(tmp_path / "copy" / "examples").iterdir()]:
+        if path.is_dir():
+            path.rename(path.with_name(path.name.replace("mix", "")))
+        else:
+            path.write_text(path.read_text().replace("mix0", "0"))
+    page = write_report(tmp_path / "copy", "digits").read_text()
+    assert len(re.findall(r"<h3>\w+: SI-SDR", page)) == 5
+
+
 def test_no_results_are_refused(tmp_path, refused):
     with refused(tmp_path, "no results"):
         write_report(tmp_path, "nothing")

@@ -317,6 +317,16 @@ def test_a_disk_that_is_full_at_the_very_end_leaves_no_file(tmp_path, talk, refu
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_that_cannot_be_written_is_named(tmp_path, talk, refused, monkeypatch):
+    def write(self, samples):
+        raise sf.LibsndfileError(0)
+
+    monkeypatch.setattr(sf.SoundFile, "write", write)
+    tracks = np.stack([talk[:RATE], talk[:RATE]], 1)
+    with refused(tmp_path / "1.wav", "could not be written"):
+        audio.write_tracks([tmp_path / f"{k}.wav" for k in (1, 2)], lambda: [tracks], RATE)
+
+
 @pytest.mark.slow
 def test_an_hour_takes_no_more_memory_than_a_minute_nor_more_time_a_minute(tmp_path, talk):
     found = []

@@ -281,7 +281,7 @@ class RecordingCache:
         self._n_bytes = 0
 
     def read(self, path, start, end, sample_rate=None):
-        """Samples `start` to `end` of a file of that rate, (end - start,), float32."""
+        """Samples `start` to `end` of a mono file of that rate, (end - start,), float32."""
         if path not in self._held:
             self._held[path] = decode(path, sample_rate)
             self._n_bytes += self._held[path].nbytes
@@ -330,7 +330,10 @@ def check_finite(path, samples):
 
 
 def decode(path, sample_rate=None):
-    """All samples of a mono file: int16 where that loses nothing that was heard, else float32.
+    """All samples of a file: int16 where that loses nothing that was heard, else float32.
+
+    Returns:
+        np.ndarray: (time,), of a file of several channels (time, n_channels).
 
     Raises:
         UserError: If the file is broken, of another rate than that which is given, or holds NaN or
