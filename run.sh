@@ -47,7 +47,8 @@ while [ $# -gt 0 ]; do
       case $2 in '' | *[!0-9]*) fail "--$name must be a stage from 0 to 6, not '$2'" ;; esac
       [ "$2" -le 6 ] || fail "--$name must be a stage from 0 to 6, not '$2'"
       eval "$name=\$2" ;;
-    recipe | tag | id | python_path) eval "$name=\$2" ;;
+    python_path) [ -n "$2" ] || fail "option $1 needs a value"; python_path=$2 ;;
+    recipe | tag | id) eval "$name=\$2" ;;
     *) settings+=("--$name" "$2") ;;
   esac
   shift 2

@@ -326,13 +326,13 @@ def publish(options):
         export_onnx(model, folder / publishing.ONNX, about=about)
     if options.zoo:
         print(f"packaged model: {publishing.add_to_zoo(folder)}")
-    if options.push:
+    if options.push is not None:
         print(f"on the hub: {publishing.push(folder, options.push, options.private)}")
 
 
 def _refuse_idle(options, published):
     """Refuses options that the source does not take, rather than publish what they contradict."""
-    idle = {"private": "without --push"} if not options.push else {}
+    idle = {"private": "without --push"} if options.push is None else {}
     if published:
         ready = f"since {options.source} is published already; give the run or the model instead"
         idle |= dict.fromkeys((*NEW, *METRICS_BY), ready)

@@ -338,7 +338,7 @@ def push(folder, repo, private=False):
     import huggingface_hub
 
     if not hub.HUB_ID.fullmatch(repo):
-        raise UserError(f"{repo} is no name on the hub; it must be user/repo")
+        raise UserError(f"{repo!r} is no name on the hub; it must be user/repo")
     if not is_published(folder):
         raise UserError(
             f"{folder} is no publish folder; it lacks {CARD}, {CONFIG} or {WEIGHTS}, "

@@ -289,7 +289,7 @@ def test_help_names_every_command_and_option(capsys):
         assert all(word in told for word in words)
 
 
-def test_private_and_only_what_is_public_goes_to_the_hub(tmp_path, about, monkeypatch):
+def test_private_and_only_what_is_public_goes_to_the_hub(tmp_path, about, monkeypatch, capsys):
     import huggingface_hub
 
     asked = {}
@@ -309,6 +309,9 @@ def test_private_and_only_what_is_public_goes_to_the_hub(tmp_path, about, monkey
     folder = publish(small(), tmp_path / "p", about)
     cli.main(["publish", str(folder), "--push", "me/model", "--private"])
     assert asked["private"] is True and "model.pth" not in asked["allow_patterns"]
+    with pytest.raises(SystemExit):
+        cli.main(["publish", str(folder), "--push", ""])
+    assert "'' is no name on the hub" in capsys.readouterr().err
 
 
 def test_a_card_tells_whose_data_it_began_with_and_whom_to_thank(tmp_path, about):

@@ -79,6 +79,7 @@ def test_help_lists_every_setting_with_the_default_of_the_recipe():
         (["--tag", "../x"], "must be a plain name"),
         (["--tag", "a::b"], "must be a plain name"),  # which is two addresses to Lightning
         (["--tag", 61 * "x"], "at most 60 characters"),
+        (["--python_path", ""], "--python_path needs a value"),
         (["--python_path", "/no/python"], "/no/python is no program"),
         (["--steps", "many"], "steps must be a whole number, not 'many'"),
         (["--lr=-1"], "lr must be above 0"),
