@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from .errors import UserError, exit_on_user_error
@@ -197,6 +198,8 @@ def evaluate(options):
         raise UserError(f"--overlap must be from 0 to 1, not {options.overlap:g}")
     if options.snr is not None and not -100 <= options.snr <= 100:
         raise UserError(f"--snr must be from -100 to 100 dB, not {options.snr:g}")
+    if options.noise_dir == "":
+        raise UserError("--noise_dir needs the name of a folder")
     if options.noise_dir and options.snr is None:
         raise UserError("--noise_dir needs --snr, the level of the speech re the noise")
     recorded = RecordedNoise(options.noise_dir) if options.noise_dir else None
@@ -205,6 +208,8 @@ def evaluate(options):
     n_speakers = model.n_src if options.n_speakers is None else options.n_speakers
     if not 1 <= n_speakers <= model.n_src:
         raise UserError(f"--n_speakers must be from 1 to {model.n_src} for this model")
+    if n_speakers == 1 and options.overlap != 1:
+        raise UserError("--overlap has no effect with one speaker")
     rate = round(model.sample_rate)
     speech = SpeechDir(options.speech, rate, convert=True).of(options.speakers)
     length = round(options.segment * rate)
@@ -216,13 +221,15 @@ def evaluate(options):
         options.seed,
         overlap_ratio=options.overlap,
     )
-    write_list(options.out / "list.csv", mixtures, rate)
-    results, dataset = options.out / "results", MixtureList(speech, options.out / "list.csv")
+    with tempfile.TemporaryDirectory() as folder:
+        write_list(Path(folder) / "list.csv", mixtures, rate)
+        dataset = MixtureList(speech, Path(folder) / "list.csv")
     surroundings = (options.reverb, options.snr, recorded, options.microphone)
     if options.reverb or options.snr is not None or options.microphone:
         dataset = InSurroundings(dataset, options.seed, *surroundings)
-    summary = evaluate(model, dataset, results, device)
-    print(f"{format_table(summary)}\n\n{write_report(results, str(options.model))}")
+    summary = evaluate(model, dataset, options.out / "results", device)
+    write_list(options.out / "list.csv", mixtures, rate)  # which the old results had, until now
+    print(f"{format_table(summary)}\n\n{write_report(options.out / 'results', str(options.model))}")
 
 
 def _average_options(parser):

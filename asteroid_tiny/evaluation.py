@@ -245,7 +245,7 @@ def _in_workers(jobs, n_workers):
     running = set()
     try:
         for job in jobs:
-            running.add(pool.submit(_job, *job))
+            running.add(_submitted(pool, job))
             is_full = len(running) >= 4 * n_workers
             done, running = wait(running, None if is_full else 0, FIRST_COMPLETED)
             yield from (future.result() for future in done)
@@ -259,6 +259,16 @@ def _in_workers(jobs, n_workers):
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool, job):
+    try:
+        return pool.submit(_job, *job)
+    except OSError as error:  # of the fork server's socket, in a folder for temporary files
+        raise UserError(
+            f"no process to compute metrics can be started ({error}); set TMPDIR to a folder with "
+            "a short path"
+        ) from None
 
 
 def _start_worker():

@@ -8,6 +8,7 @@ import copy
 import json
 import logging
 import os
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import soundfile
 import soxr
 import torch
 
-from .errors import UserError
+from .errors import UserError, printable
 from .files import make_folder, whole_file
 from .hub import example_mixture
 from .models import Sepformer
@@ -105,9 +106,12 @@ def save_fp32(model, path):
             dynamic_shapes=({1: torch.export.Dim.AUTO},),
         )
     except Exception as error:  # of many classes, and of a hundred lines
-        what = type(error.__cause__ or error).__name__
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        what = textwrap.shorten(printable(f"{type(cause).__name__}: {cause}"), 200)
         raise UserError(
-            f"PyTorch's exporter does not take this {type(model).__name__} ({what}), as those of "
+            f"PyTorch's exporter fails with this {type(model).__name__} ({what}); it takes none of "
             "one source or with some filterbanks"
         ) from error
     program.save(path)

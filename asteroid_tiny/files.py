@@ -100,6 +100,7 @@ def whole_folder(path):
     Raises:
         UserError: If the disk is full or the folder cannot be written to.
     """
+    path = Path(os.path.realpath(path))  # a link to a folder stays one
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
     try:

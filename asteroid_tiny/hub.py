@@ -91,8 +91,11 @@ def locate(name):
 
 def cache_dir():
     """Folder of what was downloaded from addresses; ``ASTEROID_CACHE`` names another parent."""
-    parent = os.environ.get("ASTEROID_CACHE", Path.home() / ".cache" / "torch" / "asteroid")
-    return Path(parent) / "asteroid_tiny"
+    parent = os.environ.get("ASTEROID_CACHE") or "~/.cache/torch/asteroid"
+    try:
+        return Path(parent).expanduser() / "asteroid_tiny"
+    except RuntimeError:
+        raise UserError("there is no home to keep downloads in; set ASTEROID_CACHE") from None
 
 
 def _from_url(url):

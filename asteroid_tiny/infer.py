@@ -1,5 +1,6 @@
 """Asteroid's command asteroid-infer, for models of Asteroid and of this package alike."""
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from asteroid.scripts import asteroid_cli
 from asteroid.utils.hub_utils import MODELS_URLS_HASHTABLE, SR_HASHTABLE
 
 from .errors import UserError
+from .files import make_folder
 from .hub import locate
 from .models import Sepformer, TinySepformer, from_pretrained
 from .weights import open_stored
@@ -23,8 +25,13 @@ def infer(argv):
         argv (list of str): Options of asteroid-infer.
 
     Raises:
-        UserError: If a file, an option or the model is wrong.
+        UserError: If a file, an option or the model is wrong, or the folder for the output cannot
+            be made.
     """
+    ours = argparse.ArgumentParser(prog="asteroid-tiny infer", add_help=False)
+    ours.add_argument("-o", "--output-dir")
+    if out := ours.parse_known_args(argv)[0].output_dir:
+        make_folder(out)
     theirs, words = (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv
     asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)
     asteroid_cli.LambdaOverlapAdd = _overlap_add  # all else is left to it

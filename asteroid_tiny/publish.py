@@ -18,7 +18,7 @@ import yaml
 from . import __version__, hub
 from .errors import UserError
 from .files import make_folder, reason, whole_folder
-from .summary import METRICS, SPARE, format_table
+from .summary import GROUP, METRICS, SPARE, UNITS, format_table
 from .weights import CONFIG, WEIGHTS, read_config, save_whole
 
 CARD, PACKAGE = "README.md", "model.pth"  # the latter is Asteroid's name
@@ -125,6 +125,8 @@ def _check(about, model):
         raise UserError("nothing is published without metrics, and the SI-SDR is missing")
     if SPARE in summary["groups"]["all"]:
         raise UserError(f"the metrics are of mixtures of fewer speakers than {model.n_src}")
+    if summary["bootstrap"]["unit"] != UNITS.get(model.n_src, GROUP):
+        raise UserError(f"the metrics are of mixtures of other than {model.n_src} speakers")
     if rate != model.sample_rate:
         raise UserError(
             f"the metrics are of {rate:g} Hz, the model is of {model.sample_rate} Hz: evaluate it "

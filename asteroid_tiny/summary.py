@@ -18,6 +18,7 @@ DRAWS, MIN_PAIRS = 2000, 3  # of the bootstrap
 SNR, SPARE = "snr", "spare_level"
 #: What the bootstrap draws, by the number of speakers in a mixture; of more they are groups.
 UNITS = {1: "speaker", 2: "speaker pair", 3: "speaker triple"}
+GROUP = "speaker group"  # of more
 
 
 def summarise(table, sample_rate, seed=0):
@@ -47,7 +48,7 @@ def summarise(table, sample_rate, seed=0):
     }
     groups = {name: _summarise(table[mask], seed) for name, mask in masks.items() if mask.any()}
     counts = {name: groups["all"][name] for name in ("n_mixtures", "n_speakers", "n_speaker_pairs")}
-    unit = UNITS.get(len(table.speakers.iloc[0].split()), "speaker group")
+    unit = UNITS.get(len(table.speakers.iloc[0].split()), GROUP)
     bootstrap = {"unit": unit, "level": 0.95, "draws": DRAWS, "seed": seed}
     return {**counts, "sample_rate": sample_rate, "bootstrap": bootstrap, "groups": groups}
 

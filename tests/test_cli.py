@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import small
 
-from asteroid_tiny import from_pretrained
+from asteroid_tiny import UserError, evaluation, from_pretrained
 from asteroid_tiny.cli import main
 from asteroid_tiny.data import SpeechDir, draw_list, read_list, write_list
 from asteroid_tiny.export import OnnxSeparator
@@ -104,6 +104,11 @@ def test_evaluate_draws_the_overlap_and_the_speakers_that_are_asked_for(
     words = ("--name", "n", "--data_name", "d", "--data_licence", "CC0", "--summary", results)
     assert status("publish", model, "--out", tmp_path / "p", *words) == 2
     assert "nothing is published without metrics" in capsys.readouterr().err
+    kept = (out / "list.csv").read_text()
+    bad = (model, voices, "-o", out, "--n_speakers", 1, "--overlap", 0.2)
+    assert status("evaluate", *bad) == 2
+    assert "--overlap has no effect with one speaker" in capsys.readouterr().err
+    assert (out / "list.csv").read_text() == kept
     for option, value in (("--overlap", 1.1), ("--overlap", "nan"), ("--n_speakers", 3)):
         assert status("evaluate", model, voices, "-o", tmp_path / "none", option, value) == 2
         assert f"{option} must be from" in capsys.readouterr().err
@@ -131,6 +136,21 @@ def test_evaluate_lets_mixtures_be_heard_in_other_surroundings(model, voices, tm
     options = ("-o", tmp_path / "no", "--noise_dir", voices)
     assert status("evaluate", model, voices, *options) == 2
     assert "--noise_dir needs --snr" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert status("evaluate", model, voices, "-o", tmp_path / "no", "--noise_dir", "") == 2
+    assert "--noise_dir needs the name" in capsys.readouterr().err
+
+
+def test_evaluate_that_fails_leaves_the_list_of_the_results(model, voices, tmp_path, monkeypatch):
+    options = [str(model), str(voices), "-o", str(tmp_path / "out"), "--segment", "1"]
+    main(["evaluate", *options, "-n", "2"])
+    kept = (tmp_path / "out" / "list.csv").read_text()
+
+    def fail(*_):
+        raise UserError("a recording is broken")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    assert status("evaluate", *options, "-n", "3") == 2
+    assert (tmp_path / "out" / "list.csv").read_text() == kept
 
 
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):

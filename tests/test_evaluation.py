@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,15 @@ def test_a_full_disk_leaves_the_old_results(done, monkeypatch):
         evaluate(Double(dataset.sample_rate), dataset, done[0], n_workers=0)
     assert "\n" not in str(caught.value)
     assert contents(done[0]) == before
+
+
+def test_a_process_that_cannot_be_started_is_told(dataset, tmp_path, monkeypatch):
+    def submit(self, *job):
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(UserError, match=r"\(AF_UNIX path too long\); set TMPDIR to a folder"):
+        evaluate(Double(dataset.sample_rate), dataset, tmp_path, n_workers=1)
 
 
 def test_an_out_dir_that_cannot_be_is_told_before_the_work(dataset, tmp_path):

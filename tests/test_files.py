@@ -137,6 +137,15 @@ def test_the_old_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path, mon
     assert read_folder(tmp_path / "notes") == OLD and names(tmp_path) == ["notes"]
 
 
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk" / "notes").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "notes")
+    with whole_folder(tmp_path / "link") as part:
+        write_folder(part, NEW)
+    assert (tmp_path / "link").is_symlink() and names(tmp_path) == ["disk", "link"]
+    assert read_folder(tmp_path / "disk" / "notes") == NEW and names(tmp_path / "disk") == ["notes"]
+
+
 def test_a_folder_is_not_replaced_by_a_file(tmp_path, refused):
     (tmp_path / "taken").mkdir()
     with refused(tmp_path / "taken", "could not be written: Is a directory"):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pwd
 import shutil
 import time
 
@@ -46,6 +47,15 @@ def files_of(model, folder, prefix="/"):
     model.save_pretrained(folder)
     model.save(folder / "model.pth")
     return {f"{prefix}{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+def test_who_has_no_home_can_name_a_cache(monkeypatch, refused):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert hub.cache_dir().name == "asteroid_tiny"
+    monkeypatch.setenv("ASTEROID_CACHE", "")
+    with refused("no home", "set ASTEROID_CACHE"):
+        hub.cache_dir()
 
 
 def test_packaged_models_are_listed_and_load_by_name(zoo):

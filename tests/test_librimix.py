@@ -14,6 +14,7 @@ from scipy.signal import resample_poly
 from sounds import peak_frequency
 
 from asteroid_tiny.data import DynamicMixtures, librimix
+from asteroid_tiny.data.kaldi import NoiseDir, write_dir
 from asteroid_tiny.preparation import open_list, open_split
 
 
@@ -236,6 +237,38 @@ def test_metadata_that_name_missing_speech(corpus, prepared, refused, tmp_path):
     (copy / "LibriSpeech" / named).unlink()
     with refused(f"lacks {named}, which LibriMix's metadata name"):
         prepared(speech=str(copy))
+
+
+def test_lists_of_another_number_of_sources_are_refused(corpus, prepared, refused, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    of_three = copy / "metadata" / "Libri3Mix" / "libri3mix_dev-clean.csv"
+    of_three.rename(copy / "metadata" / "Libri2Mix" / "libri2mix_dev-clean.csv")
+    with refused("libri2mix_dev-clean.csv has mixtures of 3 sources, not of 2"):
+        prepared(speech=str(copy))
+    tree = generate(tmp_path / "made", corpus, 3, 8000, "min").parent.parent
+    with refused("mixture_train-100_mix_clean.csv has mixtures of 3 sources, not of 2"):
+        prepared(librimix_dir=str(tree))
+
+
+def test_speakers_without_a_gender_are_taken(corpus, prepared, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    table = copy / "LibriSpeech" / "SPEAKERS.TXT"
+    table.write_text(table.read_text().replace("100 | F |", "100 |  |"))
+    exp_dir, _ = prepared(speech=str(copy))
+    assert "100" not in (exp_dir / "speech" / "train" / "spk2gender").read_text()
+
+
+def test_noise_of_few_samples_is_repeated_as_well(tmp_path):
+    sf.write(tmp_path / "click.wav", np.full(1, 0.5), 8000)
+    write_dir(
+        tmp_path / "noise",
+        {"wav.scp": {"click": str(tmp_path / "click.wav")}, "utt2spk": {"click": "noise"}},
+        NoiseDir,
+    )
+    noise = NoiseDir(tmp_path / "noise").read("click", 3, 400)
+    assert noise.shape == (400,) and np.allclose(noise, 0.5, atol=1e-4)
 
 
 def test_the_recipe_runs_through_its_stages(corpus, tmp_path, capsys):

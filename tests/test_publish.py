@@ -109,6 +109,8 @@ def test_speech_of_ones_own_does_not_bear_the_name_of_the_recipes(refused):
 def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, refused):
     with refused("8000 Hz", "16000 Hz"):
         publish(small(sample_rate=16000), tmp_path / "p", about)
+    with refused("mixtures of other than 3 speakers"):
+        publish(small(n_src=3), tmp_path / "p", about)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, about, refused):
@@ -239,6 +241,18 @@ def test_infer_separates_with_models_of_ours_and_of_asteroid(model_class, tmp_pa
         model.save(tmp_path / "model.pth")
     sf.write(tmp_path / "talk.wav", speech_of(clips)[:4000].numpy(), 8000)
     cli.main(["infer", str(tmp_path / "model.pth"), "--files", str(tmp_path / "talk.wav")])
+    made = tmp_path / "made" / "here"
+    cli.main(
+        [
+            "infer",
+            str(tmp_path / "model.pth"),
+            "--files",
+            str(tmp_path / "talk.wav"),
+            "-o",
+            str(made),
+        ]
+    )
+    assert len(list(made.iterdir())) == 2
     written = np.stack([sf.read(tmp_path / f"talk_est{i}.wav")[0] for i in (1, 2)])
     assert written.shape == (2, 4000) and np.abs(written).max() > 0
     mixture, _ = sf.read(tmp_path / "talk.wav", dtype="float32")

@@ -262,14 +262,14 @@ class NoiseDir(SpeechDir):
 
 
 def _repeat(samples, length, fade):
-    """`length` samples or more: `samples` again and again, cross-faded over `fade` samples."""
+    """`length` samples, or more: `samples` again and again, cross-faded over `fade` samples."""
     fade = min(fade, len(samples) // 2)
+    end = len(samples) - fade
     rise = np.hanning(2 * fade - 1)[:fade]
-    longer = samples
-    while len(longer) < length:
-        seam = longer[-fade:] * rise[::-1] + samples[:fade] * rise
-        longer = np.concatenate([longer[:-fade], seam, samples[fade:]])
-    return longer
+    seam = samples[end:] * rise[::-1] + samples[:fade] * rise
+    n_again = max(0, -(-(length - len(samples)) // end))
+    again = np.tile(np.concatenate([seam, samples[fade:end]]), n_again)
+    return np.concatenate([samples[:end], again, samples[end:]])
 
 
 class RecordingCache:

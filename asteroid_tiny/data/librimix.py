@@ -91,6 +91,7 @@ def prepare(source, target, settings):
     for split in PARTS:
         metadata = metadata_file(metadata_dir, split, settings)
         rows = read_metadata(metadata)
+        _check_sources(metadata, (len(row.sources) for row in rows), settings["n_src"])
         _prepare_speech(speech_dir, part_of(split, settings), target / split)
         if settings["task"] == "sep_noisy":
             _prepare_noise(rows, noise_dir, target / f"{split}_noise")
@@ -127,7 +128,8 @@ def read_genders(folder):
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     fields = [line.split("|") for line in lines if not line.startswith(";")]
-    return {f[0].strip(): f[1].strip().lower() for f in fields if len(f) > 2}
+    genders = {f[0].strip(): f[1].strip().lower() for f in fields if len(f) > 2}
+    return {speaker: gender for speaker, gender in genders.items() if gender}
 
 
 def check(speech, settings):
@@ -251,7 +253,9 @@ def _prepare_generated(split, target, settings):
         tree = tree / f"Libri{n_src}Mix"
     tree = tree / f"wav{settings['sample_rate'] // 1000}k" / settings["mode"]
     folder = FOLDERS[split].format(settings["subset"].removeprefix("train-"))
-    names = read_names(tree / "metadata" / f"mixture_{folder}_{mix}.csv")
+    table = tree / "metadata" / f"mixture_{folder}_{mix}.csv"
+    names = read_names(table)
+    _check_sources(table, (len(speakers_of(name)) for name in names), n_src)
     parts = [f"s{k}" for k in range(1, n_src + 1)]
     mixed.write_split(tree / folder, target / split, names, speakers_of)
     if settings["task"] == "sep_noisy":
@@ -259,6 +263,12 @@ def _prepare_generated(split, target, settings):
         parts.append("noise")
     mixed.report_sums(tree / folder, mix, names, parts)
     mixed.report_count(split, len(names), official_count(split, settings))
+
+
+def _check_sources(path, counts, n_src):
+    for count in counts:
+        if count != n_src:
+            raise UserError(f"{path} has mixtures of {count} sources, not of {n_src} (--n_src)")
 
 
 def read_names(path):
