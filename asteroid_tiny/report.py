@@ -226,7 +226,8 @@ def training_curves(exp_dir):
     Returns:
         list of str: Pictures as SVG, none if there is no log.
     """
-    logs = sorted(Path(exp_dir).glob("logs/*/metrics.csv"))
+    logs = Path(exp_dir).glob("logs/*/metrics.csv")
+    logs = sorted(logs, key=lambda log: (len(log.parent.name), log.parent.name))  # 2 before 10
     tables = [pd.read_csv(log) for log in logs if log.stat().st_size]  # none of a run killed early
     tables = [table for table in tables if "si_sdr" in table]
     if not tables:

@@ -25,6 +25,12 @@ def test_good_speech_has_no_findings(make_dir, voices):
     assert check_speech(make_dir(voices), shortest=4.0) == []
 
 
+def test_a_few_samples_at_full_scale_have_not_clipped(make_dir, voices):
+    loud = voices["s1"].copy()
+    loud[[100, 200, 300]] = 32767
+    assert check_speech(make_dir({**voices, "s1": loud})) == []
+
+
 def nan(path):
     sf.write(path, np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
 
@@ -50,6 +56,12 @@ def test_a_fault_of_a_recording_is_found_and_named(make_dir, voices, kind):
     assert found.kind == kind
     assert "s1" in found.where
     assert found.fatal == (kind not in ("silent", "clipping", "short"))
+
+
+def test_the_rate_that_is_asked_for_is_checked(make_dir, voices):
+    folder = make_dir(voices)
+    assert check_speech(folder, 8000) == []
+    assert kinds(check_speech(folder, 16000)) == 4 * ["rate"]
 
 
 TABLES = {
@@ -121,3 +133,12 @@ def test_the_table_counts_and_names(make_dir, voices):
         (folder / f"{key}.wav").unlink()
     text = format_findings(check_speech(folder), most=3)
     assert "4  missing" in text and "s0.wav" in text and "and 1 more" in text
+
+
+def test_utterances_are_listened_to_by_themselves(make_dir, voices):
+    half = np.append(voices["s0"][:16000], np.zeros(16000, np.int16))
+    segments = "a s0 0 1.9\nb s0 2.1 4\nc s0 1.2 1.7\n"
+    speakers = {"segments": segments, "utt2spk": "a s0\nb s0\nc s0\n"}
+    folder = make_dir({"s0": half}, tables=speakers)
+    found = check_speech(folder, shortest=1.0)
+    assert [(one.kind, one.where) for one in found] == [("silent", "b"), ("short", "c")]

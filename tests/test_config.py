@@ -29,6 +29,7 @@ DEFAULTS = {
     "checkpoint_activations": False,
     "seed": 0,
     "segment": 4.0,
+    "batch_size": 4,
     "weight_decay": 0.01,
     "speed_perturb": 5,
     "n_filters": None,
@@ -232,7 +233,15 @@ def test_a_run_keeps_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, text, was", [("lr", "0.1", "1e-05"), ("n_src", "3", "2"), ("n_filters", "8", "None")]
+    "key, text, was",
+    [
+        ("lr", "0.1", "1e-05"),
+        ("n_src", "3", "2"),
+        ("n_filters", "8", "None"),
+        ("batch_size", "8", "4"),
+        ("seed", "1", "0"),
+        ("precision", "32-true", "auto"),
+    ],
 )
 def test_a_run_refuses_options_that_contradict_it(tmp_path, refused, key, text, was):
     begun = begin(tmp_path, "--lr", "1e-5")
@@ -330,3 +339,15 @@ def test_recipes_override_what_there_is_or_add_to_the_corpus(path):
         assert keys.keys() <= sections[section].keys(), "a key in another section than its default"
     assert settings != defaults
     assert settings["preset"] in PRESETS
+
+
+SHARES = "overlap_ratio least_overlap turns silent_sources reverb noise microphone".split()
+
+
+@recipe_files
+@pytest.mark.parametrize("key", SHARES)
+def test_a_share_of_the_mixtures_is_at_most_all(key, refused):
+    defaults = read_conf(CONF)
+    assert merge(defaults, {key: 1}, "options")[key] == 1
+    with refused(key, "must be at most 1, not 1.5"):
+        merge(defaults, {key: 1.5}, "options")

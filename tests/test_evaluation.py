@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from pystoi import stoi
 
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.evaluation import evaluate, measure
@@ -243,6 +244,32 @@ def test_the_snr_tells_of_levels_that_si_sdr_leaves_open():
     assert uneven["snr"] == pytest.approx(10, abs=0.5)  # 20 and 0 dB
 
 
+def test_stoi_is_that_of_the_sample_rate(clips):
+    first, second, *_ = (clip[:16000] / 32768 for clip in clips.values())
+    sources = np.stack([first, second])
+    estimates = sources + 0.5 * sources[::-1]
+    row = measure(sources.sum(0), sources, estimates, 8000)
+    wanted = [stoi(source, estimate, 8000) for source, estimate in zip(sources, estimates)]
+    assert row["stoi"] == pytest.approx(np.mean(wanted), abs=1e-4)
+
+
+def test_bss_eval_is_left_out_where_its_filters_fit_anything():
+    rng = np.random.default_rng(0)
+    for length, there in ((1500, False), (2100, True)):
+        sources, noise = rng.normal(size=(2, 2, length))
+        row = measure(sources.sum(0), sources, sources + 0.1 * noise, 8000)
+        assert np.isfinite([row[m] for m in ("sdr", "sir", "sar")]).all() == there
+        assert np.isfinite(row["si_sdr"])
+
+
+def test_the_snr_in_noise_is_of_estimates_that_sum_to_the_mixture():
+    rng = np.random.default_rng(0)
+    (first, second, noise) = rng.normal(size=(3, 1500))
+    sources = np.stack([first, second])
+    row = measure(sources.sum(0) + noise, sources, 3 * (sources + noise / 2), 8000)
+    assert row["snr"] == pytest.approx(6.02, abs=0.2)
+
+
 class Spare(torch.nn.Module):
     """An oracle of two that gives a third estimate before the others, 30 dB below the loudest."""
 
@@ -263,6 +290,7 @@ def test_fewer_sources_than_estimates_leave_a_spare_one_whose_level_is_told(done
     table, before = (pd.read_csv(d / "metrics.csv") for d in (tmp_path, done[0]))
     assert table.spare_level.to_numpy() == pytest.approx(np.full(6, -30), abs=1e-2)
     pd.testing.assert_frame_equal(table[list(METRICS)], before[list(METRICS)], atol=1e-3)
+    assert table.snr.to_numpy() == pytest.approx(before.snr.to_numpy(), abs=0.2)
     text = " ".join(format_table(summary).split())
     assert "the loudest other one lies at -30.0 dB [-30.0, -30.0] re the loudest of all" in text
     for folder in (tmp_path / "examples").iterdir():
@@ -423,6 +451,14 @@ def test_an_interval_is_of_the_mean_of_mixtures_however_many_a_pair_has():
     speakers = [("a", "b")] * 200 + [(f"c{i}", f"d{i}") for i in range(5)]
     mean, low, high = mean_interval([10.0] * 200 + [0.0] * 5, speakers)
     assert mean == pytest.approx(9.76, abs=0.01) and low <= mean <= high
+
+
+def test_a_mean_is_of_mixtures_however_many_a_pair_has():
+    table = pd.concat([made_up(4), made_up(2, n_per_pair=40)], ignore_index=True)
+    found = summarise(table, 8000)["groups"]["all"]
+    assert found["n_speaker_pairs"] == 6 and found["n_mixtures"] == 70
+    for metric in METRICS:
+        assert found[metric]["mean"] == pytest.approx(table[metric].mean())
 
 
 def test_more_mixtures_of_the_same_pairs_do_not_narrow_the_interval():

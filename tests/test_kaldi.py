@@ -227,6 +227,12 @@ def test_lower_and_mixed_rates_are_not_converted(make_dir, refused):
         SpeechDir(folder, RATE, convert=True)
 
 
+def test_minutes_are_those_of_the_recordings_at_any_rate(make_dir):
+    folder = make_dir({"a": np.ones(960000, np.int16)}, rate=16000)
+    assert SpeechDir(folder).minutes() == 1
+    assert SpeechDir(folder, 8000, convert=True).minutes() == 1
+
+
 @pytest.mark.parametrize(
     "rate, channels, words", [(16000, 1, "has 16000 Hz where 8000 Hz"), (RATE, 2, "2 channels")]
 )

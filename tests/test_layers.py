@@ -126,8 +126,9 @@ def test_paths_see_along_their_axis_and_nowhere_else(axis, kind):
 
 @pytest.mark.parametrize("place", ["attention", "feed_forward", "output"])
 @pytest.mark.parametrize("make", [TransformerLayer, ConvAttentionLayer])
-def test_each_dropout_drops_out_in_training_alone(make, place):
-    layer, x = make(16, 2, 32, dropout=0.5), torch.randn(1, 4, 6, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_dropout_drops_out_in_training_alone(make, place, dtype):
+    layer, x = make(16, 2, 32, dropout=0.5).to(dtype), torch.randn(1, 4, 6, 16, dtype=dtype)
     for name, module in layer.named_modules():
         if hasattr(module, "dropout") and (name or "output") != place:
             module.dropout = 0.0 if name == "attention" else nn.Dropout(0.0)
@@ -193,6 +194,14 @@ def test_positions_are_the_sinusoids_of_vaswani():
     x = torch.zeros(2, 7, 5, 6)
     expected = expected[:, None].expand(2, 7, 5, 6)
     assert torch.allclose(x + positions(x, INTER), expected, atol=1e-6)
+
+
+@both_axes
+def test_far_positions_are_not_rounded_in_16_bits(axis):
+    x = torch.zeros(1, 1000, 1000, 4)
+    rounded = positions(x.bfloat16(), axis)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), positions(x, axis), rtol=0, atol=0.01)
 
 
 @both_axes

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
-from sounds import NOISE, RATE, peak_frequency, tone
+from sounds import NOISE, RATE, level, peak_frequency, tone
 from torch.utils.data import DataLoader
 
 from asteroid_tiny.data import (
@@ -103,6 +103,15 @@ def test_an_item_is_the_same_in_any_order_and_process(listed):
     sources = torch.cat([sources for _, sources in loader])
     assert torch.equal(sources, torch.stack([sources for _, sources in wanted]))
     assert not torch.equal(RepeatedMixtures(listed, 4000, seed=4)[0][0], wanted[0][0])
+    orders = {tuple(which(RepeatedMixtures(listed, 20000, s)[i]) for i in range(6)) for s in (0, 1)}
+    assert len(orders) == 2
+
+
+def test_speeds_are_drawn_for_each_source_of_a_list(listed):
+    hums = RepeatedMixtures(listed, 8000, seed=0, speeds=(50, 100))
+    plain = RepeatedMixtures(listed, 8000, seed=0)
+    n_changed = [sum(map(torch.equal, hums[i][1], plain[i][1])) for i in range(24)]
+    assert set(n_changed) == {0, 1, 2}
 
 
 def test_in_a_share_of_the_mixtures_some_sources_are_silent(listed):
@@ -136,6 +145,15 @@ def test_to_a_share_of_the_mixtures_more_noise_is_added(listed):
     noisy = RepeatedMixtures(listed, 8000, seed=0, noise=0.5)
     assert all(torch.equal(plain[i][1], noisy[i][1]) for i in range(10))
     assert 18 <= sum(not torch.equal(plain[i][0], noisy[i][0]) for i in range(60)) <= 42
+
+
+def test_noise_that_is_added_has_its_level_below_the_speech_alone(listed, monkeypatch):
+    monkeypatch.setattr("asteroid_tiny.data.datasets.SNR", (5.0, 5.0))
+    plain = RepeatedMixtures(listed, 8000, seed=0)
+    noisy = RepeatedMixtures(listed, 8000, seed=0, noise=1.0)
+    for i in range(6):
+        added = noisy[i][0] - plain[i][0]
+        assert level(plain[i][1].sum(0)) - level(added) == pytest.approx(5, abs=0.01)
 
 
 def test_short_mixtures_are_followed_by_silence(listed):

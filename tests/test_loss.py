@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from asteroid_tiny.data.mixing import SILENT
 from asteroid_tiny.training import SeparationSystem, separation_loss
 
 
@@ -71,3 +72,20 @@ def test_silent_sources_cost_what_their_estimates_hold():
     moved = estimates - 0.01 * estimates.grad
     assert moved[:, 0].norm() < estimates[:, 0].norm()
     assert estimates.grad.isfinite().all()
+
+
+def test_a_source_of_rounding_noise_is_silent():
+    sources = torch.randn(2, 2, 800)
+    sources[:, 1] *= 0.5 * SILENT
+    estimates = torch.stack([sources[:, 0], torch.zeros(2, 800)], 1)
+    assert separation_loss(estimates, sources).item() == pytest.approx(-30)
+
+
+def test_levels_that_are_kept_are_those_beside_each_other():
+    sources = torch.randn(2, 3, 800)
+    estimates = sources + 0.1 * torch.randn_like(sources)
+    gains = torch.tensor([7.0, 0.2])[:, None, None]  # of each mixture its own
+    loss = separation_loss(gains * estimates, sources, keep_levels=True)
+    assert loss.item() == pytest.approx(-20, abs=0.5)
+    others = separation_loss(gains * estimates[:, [2, 0, 1]], sources, keep_levels=True)
+    assert others.item() == pytest.approx(loss.item())

@@ -391,6 +391,9 @@ def test_in_conversations_speakers_take_turns_and_come_back(valid_speech, n_src)
     assert (min(rests) < -0.5 * RATE) == (n_src > 1), "with others they overlap"
     if n_src == 2:
         assert all("010" in order or "101" in order for order in orders)
+    if n_src == 3:
+        nexts = {order[i : i + 2] for order in orders for i in range(len(order) - 1)}
+        assert {"01", "02", "10", "12", "20", "21"} <= nexts, "anyone after anyone"
 
 
 def test_a_conversation_of_an_instant_has_a_turn(valid_speech):

@@ -1,6 +1,7 @@
 """Stages 0 and 1 beside the speech itself: where a run lies, what is verified, idle options."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +9,19 @@ import numpy as np
 import pytest
 import soundfile as sf
 from recipes import ROOT, few_minutes, settings_of
+from sounds import level
 
-from asteroid_tiny import evaluation
+from asteroid_tiny import evaluation, preparation
 from asteroid_tiny.config import merge
-from asteroid_tiny.preparation import check_options, make_lists, prepare_speech
+from asteroid_tiny.data import librimix
+from asteroid_tiny.data.mixing import render
+from asteroid_tiny.preparation import (
+    check_options,
+    make_lists,
+    open_list,
+    open_split,
+    prepare_speech,
+)
 from asteroid_tiny.recipe import compare_packaged, recipe_defaults
 
 
@@ -52,6 +62,49 @@ def test_recorded_noise_is_looked_at_first(recipe, refused, tmp_path, capsys):
     prepare_speech(recipe / "exp" / "run", settings)
     told = " ".join(capsys.readouterr().out.split())
     assert "noise 1 recordings 0.1 minutes" in told
+
+
+def test_speech_that_would_stop_a_training_stops_it_before(recipe, refused):
+    settings, exp_dir = settings_of("minispeech"), recipe / "exp" / "run"
+    with refused("has 3 speaker(s)", "mixtures of 4"):
+        prepare_speech(exp_dir, {**settings, "n_src": 4})
+    spoilt = next((recipe / "data" / "train").glob("*.wav"))
+    sf.write(spoilt, np.full(8000, np.nan), 8000, subtype="FLOAT")
+    with refused("1 fault(s) in the speech", "--check false"):
+        make_lists(exp_dir, settings)
+    assert not (exp_dir / "check.txt").exists()
+    table = recipe / "data" / "valid" / "utt2spk"
+    whose = table.read_text().split()[1]
+    table.write_text(table.read_text().replace(f" {whose}\n", f" {spoilt.stem}\n"))
+    with refused(f"speaker {spoilt.stem!r} is in train and in valid"):
+        prepare_speech(exp_dir, settings)
+
+
+def test_fewer_mixtures_than_a_corpus_lists_are_spread_over_all(monkeypatch):
+    monkeypatch.setattr(preparation, "open_split", lambda *_: None)
+    monkeypatch.setattr(preparation, "open_noise", lambda *_: None)
+    monkeypatch.setattr(librimix, "mixtures", lambda *_: list(range(10)))
+    settings = {"corpus": "librimix", "n_valid": 20, "n_test": 3}
+    taken = [preparation.take_list(None, settings, split) for split in ("valid", "test")]
+    assert taken == [list(range(10)), [0, 3, 6]]
+
+
+def test_lists_are_drawn_as_the_settings_say(recipe):
+    changes = dict(n_valid=6, n_test=3, segment=0.5, eval_segment=1.0, overlap_ratio=0.0, max_gap=0)
+    exp_dir, drawn = recipe / "exp" / "run", []
+    for seeds in ({}, {"test_seed": 1}, {"valid_seed": 1}):
+        settings = settings_of("minispeech", check=False, **changes, **seeds)
+        make_lists(exp_dir, settings)
+        drawn.append([open_list(exp_dir, settings, split).mixtures for split in ("valid", "test")])
+        shutil.rmtree(exp_dir / "lists")
+    (valid, test), (same, other), (another, same_test) = drawn
+    assert valid == same != another and test == same_test != other
+    assert (len(valid), len(test)) == (6, 3)
+    for mixture in valid:
+        first, second = mixture.sources
+        assert mixture.length == 8000 and second.offset == 4000 == first.length
+        _, sources = render(open_split(exp_dir, settings, "valid"), mixture)
+        assert level(sources[0]) == pytest.approx(level(sources[1]), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +158,7 @@ def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(recipe, mo
 
     def evaluate(model, mixtures, folder, *_):
         evaluated.append(folder)
+        assert (model.n_src, model.sample_rate) == (2, 8000)
         summary = {"groups": {"all": {"si_sdr_i": {"mean": float(len(evaluated))}}}}
         (folder / "summary.json").write_text(json.dumps(summary))
 

@@ -16,8 +16,8 @@ from small import CLASSES, both_classes, small
 
 from asteroid_tiny import cli, from_pretrained, hub, list_models
 from asteroid_tiny.config import read_conf
-from asteroid_tiny.publish import add_to_zoo, is_published, publish, rounding_db
-from asteroid_tiny.recipe import publish_model
+from asteroid_tiny.publish import add_to_zoo, asteroid_package, is_published, publish, rounding_db
+from asteroid_tiny.recipe import publish_model, recipe_defaults
 from asteroid_tiny.weights import CONFIG, WEIGHTS
 
 
@@ -65,6 +65,23 @@ def test_asteroid_upload_finds_what_it_needs(tmp_path, about):
     assert f"{package['infos']['final_metrics']['si_sdr_imp']}" in metadata["description"]
 
 
+@pytest.mark.parametrize(
+    "licence, restricted",
+    [
+        ("CC BY 4.0", False),
+        ("CC BY-NC 4.0", True),
+        ("for non-commercial use", True),
+        ("LDC User Agreement", True),
+        ("research alone", True),
+    ],
+)
+def test_data_that_may_not_be_sold_make_a_package_of_research(about, licence, restricted):
+    metrics = {"si_sdr_i": 1.5}
+    package = asteroid_package(small().serialize(), metrics, about | {"data_licence": licence})
+    assert package["licenses"][0]["non_commercial"] is restricted
+    assert package["infos"]["final_metrics"] == {"si_sdr_imp": 1.5}
+
+
 def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
     card = (publish(small(), tmp_path / "p", about) / "README.md").read_text()
     _, block, text = card.split("---\n", 2)
@@ -75,7 +92,8 @@ def test_the_card_says_what_the_hub_and_a_reader_must_know(tmp_path, about):
     mean = about["summary"]["groups"]["all"]["si_sdr_i"]["mean"]
     assert result["metrics"][0]["value"] == pytest.approx(mean, abs=1e-3)
     words = "CC BY-NC 4.0", "example.org/corpus", "100 steps", "1.25 h", f"{mean:.2f}", "8000 Hz"
-    for word in (*words, "./run.sh --stage 0", "Limits", 'from_pretrained("a-model")'):
+    ends = "licence: CC BY-NC 4.0.", "The weights: cc-by-sa-3.0."
+    for word in (*words, *ends, "./run.sh --stage 0", "Limits", 'from_pretrained("a-model")'):
         assert word in text, word
 
 
@@ -106,11 +124,42 @@ def test_speech_of_ones_own_does_not_bear_the_name_of_the_recipes(refused):
         publish_model(recipe / "exp" / "none", {**settings, "speech": "/mine", "data_name": "My"})
 
 
+@pytest.mark.parametrize("rate", [8000, 16000])
+def test_speech_of_ones_own_is_not_by_those_who_made_the_recipes(
+    run_folder, summary, clips, monkeypatch, rate
+):
+    test_list = [(speech_of(clips), None)]
+    monkeypatch.setattr("asteroid_tiny.recipe.open_list", lambda *_: test_list)
+    exp_dir = run_folder("minispeech")
+    (exp_dir / "results").mkdir(parents=True)
+    (exp_dir / "results" / "summary.json").write_text(json.dumps(summary | {"sample_rate": rate}))
+    (exp_dir / "training.json").write_text('{"steps": 90}')
+    small(sample_rate=rate).save(exp_dir / "best_model.pth")
+    changes = dict(
+        sample_rate=rate, speech="/mine", init_from=None, batch_size=4, segment=3.0, half=True
+    )
+    settings = recipe_defaults(exp_dir) | changes
+    publish_model(exp_dir, settings, given=dict(data_name="My talks", data_licence="CC0"))
+    card = " ".join((exp_dir / "publish" / "README.md").read_text().split())
+    assert "My talks; licence: CC0. It was trained for 90 steps on 0.3 h of mixtures." in card
+    config = json.loads((exp_dir / "publish" / CONFIG).read_text())
+    assert config["dtype"] == "float16" and config["sample_rate"] == rate
+    named = f"tiny-sepformer-xs_2spk_{rate // 1000}k"
+    assert named in list_models() and config["name"] == f"{named}_minispeech"
+
+
 def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, refused):
     with refused("8000 Hz", "16000 Hz"):
         publish(small(sample_rate=16000), tmp_path / "p", about)
     with refused("mixtures of other than 3 speakers"):
         publish(small(n_src=3), tmp_path / "p", about)
+
+
+def test_metrics_of_fewer_speakers_are_no_metrics_of_the_model(tmp_path, about, refused):
+    summary = copy.deepcopy(about["summary"])
+    summary["groups"]["all"]["spare_level"] = dict(mean=-30.0, low=None, high=None)
+    with refused("fewer speakers than 2"):
+        publish(small(), tmp_path / "p", about | {"summary": summary})
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, about, refused):
@@ -177,6 +226,24 @@ def test_16_bits_are_stored_where_they_serve_and_else_not(
     folder = publish(model, tmp_path / "half", about, half=True, signals=[speech])
     assert "32 bits are stored" in capsys.readouterr().out
     assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("db, dtype", [(39.9, "float32"), (40.1, "float16")])
+def test_16_bits_are_stored_from_40_db_on(tmp_path, about, monkeypatch, db, dtype):
+    monkeypatch.setattr("asteroid_tiny.publish.rounding_db", lambda *_: db)
+    folder = publish(small(), tmp_path / "p", about, half=True)
+    assert json.loads((folder / CONFIG).read_text())["dtype"] == dtype
+
+
+def test_rounding_is_judged_by_the_worst_of_the_estimates(monkeypatch):
+    noise, forward = 0.01 * torch.tensor([[1.0], [30.0]]) * torch.randn(2, 8000), []
+
+    def noisy(self, wav):
+        forward.append(wav.expand(2, -1) + noise * (len(forward) % 2))
+        return forward[-1][None]
+
+    monkeypatch.setattr(type(small()), "forward", noisy)
+    assert rounding_db(small(), [torch.randn(8000)]) == pytest.approx(10.5, abs=1)
 
 
 def test_any_model_is_published_and_packaged_from_the_command_line(

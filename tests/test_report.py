@@ -158,6 +158,20 @@ def test_ids_of_digits_keep_their_zeros(results, tmp_path):
     assert len(re.findall(r"<h3>\w+: SI-SDR", page)) == 5
 
 
+def test_the_page_counts_what_became_worse_and_draws_medians(results, tmp_path):
+    shutil.copytree(results, tmp_path / "copy")
+    table = pd.read_csv(tmp_path / "copy" / "metrics.csv")
+    table = table.assign(si_sdr_i=[-1.0, -2, 3, 4, 5, 6, 90], genders=["m m"] * 7)
+    table.to_csv(tmp_path / "copy" / "metrics.csv", index=False)
+    page = write_report(tmp_path / "copy", "some").read_text()
+    assert ">29 % of the mixtures became worse." in page and ">median 4.0 dB<" in page
+    assert ">same gender<" in page and ">different<" not in page
+    found = json.loads((results / "summary.json").read_text())["groups"]["all"]
+    low, high = (f"{found['si_sdr_i'][bound]:.2f}" for bound in ("low", "high"))
+    assert f"[{low}, {high}]" in page
+    assert f"<td>7</td><td>{found['n_speaker_pairs']}</td></tr>" in page
+
+
 def test_no_results_are_refused(tmp_path, refused):
     with refused(tmp_path, "no results"):
         write_report(tmp_path, "nothing")

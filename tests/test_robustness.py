@@ -25,6 +25,14 @@ def test_any_length_works(model_class):
 
 
 @both_classes
+def test_a_mixture_shorter_than_the_filters_is_one_of_their_length(model_class):
+    model, mixture = small(model_class), torch.randn(2, 5)
+    with torch.no_grad():
+        padded = model(torch.nn.functional.pad(mixture, (0, 11)))
+        assert torch.equal(model(mixture), padded[..., :5])
+
+
+@both_classes
 def test_a_mixture_has_one_channel(model_class, refused):
     model = small(model_class)
     assert torch.equal(model(torch.ones(2, 1, 99)), model(torch.ones(2, 99)))

@@ -1,5 +1,6 @@
 """Trainings that begin with the weights of another model, and say so."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from scipy.signal import resample_poly
 
 from asteroid_tiny import TinySepformer, example_mixture, from_pretrained
-from asteroid_tiny.config import read_conf
+from asteroid_tiny.config import PATHS, read_conf
 from asteroid_tiny.recipe import (
     build_model,
     evaluate_model,
@@ -19,6 +20,7 @@ from asteroid_tiny.recipe import (
     recipe_defaults,
     run_command,
     train_model,
+    without_paths,
 )
 from asteroid_tiny.transfer import copy_weights
 
@@ -59,6 +61,17 @@ def test_a_training_goes_on_from_packaged_weights_and_its_card_names_them(run, c
     assert told in card and "(CC BY 4.0)" in card
 
 
+def test_the_first_weights_are_those_of_the_seed(make_run, monkeypatch):
+    (exp_dir, settings), starts = make_run(init_from=None), []
+    monkeypatch.setattr(
+        "asteroid_tiny.training.train",
+        lambda model, *_: starts.append(next(model.parameters()).sum().item()),
+    )
+    for seed in (5, 5, 6):
+        train_model(exp_dir, {**settings, "fb_init": "random", "seed": seed})
+    assert starts[0] == starts[1] != starts[2]
+
+
 def test_weights_of_another_size_are_refused(run, refused):
     exp_dir, settings = run
     with refused("init_from", PACKAGED, "other sizes"):
@@ -80,6 +93,15 @@ def test_the_command_on_a_card_says_null_as_an_option_does():
     exp_dir = ROOT / "egs" / "minispeech" / "TinySepformer" / "exp" / "none"
     settings = {**recipe_defaults(exp_dir), "init_from": None}
     assert run_command(exp_dir, settings).endswith("--recipe minispeech --init_from null")
+
+
+def test_what_is_published_names_no_folder_of_this_machine():
+    exp_dir = ROOT / "egs" / "minispeech" / "TinySepformer" / "exp" / "none"
+    places = dict.fromkeys((*PATHS, "speech", "init_from"), "/home/me/my data")
+    public = without_paths({**recipe_defaults(exp_dir), **places})
+    command = run_command(exp_dir, public)
+    assert "/home" not in f"{public} {command}"
+    assert "my data" in shlex.split(command), "one word of the shell"
 
 
 def test_weights_for_two_sources_begin_a_training_for_three(make_run):

@@ -259,6 +259,14 @@ def test_noise_is_of_any_place_in_a_recording_and_what_is_empty_is_left_out(tmp_
     assert {500, 1000} <= {round(peak_frequency(samples), -1) for samples in drawn}
 
 
+def test_all_channels_of_a_recording_are_heard(tmp_path):
+    low, high = tone(500), tone(1000)
+    sf.write(tmp_path / "two.wav", np.stack([low, high], axis=-1), RATE)
+    noise = RecordedNoise(tmp_path).draw(8000, np.random.default_rng(0), RATE)
+    spectrum = np.abs(np.fft.rfft(noise))
+    assert spectrum[500] == pytest.approx(spectrum[1000], rel=0.1) and spectrum[500] > 100
+
+
 def test_noise_that_is_no_number_is_refused(tmp_path, refused):
     sf.write(tmp_path / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
     with refused("nan.wav", "NaN"):

@@ -84,6 +84,7 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model, speech, valid, tmp
         dict(colour=0.0),
         dict(speed_perturb=0),
         dict(segment=1.0),
+        dict(seed=4),
     ],
 )
 def test_settings_of_the_mixtures_reach_them(speech, other):
@@ -94,11 +95,17 @@ def test_settings_of_the_mixtures_reach_them(speech, other):
 
 
 def test_settings_of_the_mixtures_of_a_list_reach_them(valid):
-    for other in ("silent_sources", "reverb", "noise", "microphone"):
+    others = dict.fromkeys(("silent_sources", "reverb", "noise", "microphone"), 1.0)
+    for other in (others | dict(seed=4, speed_perturb=0)).items():
         mixture, changed = (
-            training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | {other: 1.0})
+            training.training_loader(valid, x).dataset[0][0] for x in (CONF, CONF | dict([other]))
         )
         assert not torch.equal(mixture, changed)
+
+
+def test_voices_are_as_often_faster_as_slower(speech):
+    speeds = training.training_loader(speech, CONF).dataset.draw["speeds"]
+    assert list(speeds) == list(range(95, 106))
 
 
 def test_recorded_noise_reaches_the_mixtures(speech, tmp_path):
@@ -118,6 +125,14 @@ def test_settings_of_the_training_reach_it(model, speech, valid, tmp_path):
     assert found == (0, 6, 7, 5) and schedule.total_steps == CONF["steps"]
     trainer = training.build_trainer(tmp_path, CONF | told, [], max_epochs=1)
     assert trainer.gradient_clip_val == 4.0
+
+
+def test_the_seed_is_that_of_dropout_too(model, speech, valid):
+    drawn = []
+    for seed in (3, 3, 4):
+        training.build_system(model, speech, valid, CONF | {"seed": seed})
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_schedule_hears_of_every_validation(model, speech, valid, tmp_path, monkeypatch):
@@ -303,6 +318,21 @@ def test_the_best_weights_are_given_back(model, speech, valid, tmp_path):
         batch = [torch.stack(part) for part in zip(*(valid[i] for i in range(4)))]
         val_si_sdr = -separation_loss(model.eval()(batch[0]), batch[1]).item()
     assert val_si_sdr == pytest.approx(outcome["val_si_sdr"], abs=1e-3)
+
+
+def test_validation_mixtures_of_unequal_lengths_go_one_at_a_time(valid):
+    assert [len(mixtures) for mixtures, _ in training.validation_loader(valid, CONF)] == [2, 2]
+    valid.mixtures[0] = valid.mixtures[0]._replace(length=3000)
+    sizes = [tuple(mixtures.shape) for mixtures, _ in training.validation_loader(valid, CONF)]
+    assert sizes == [(1, 3000)] + 3 * [(1, 4000)]
+
+
+def test_every_validation_mixture_counts_alike(model, speech, valid, tmp_path):
+    del valid.mixtures[3:]  # a batch of two, and one of one
+    outcome = train(model, speech, valid, tmp_path, {**CONF, "steps": 2})
+    with torch.no_grad():
+        losses = [separation_loss(model.eval()(x[None]), s[None]) for x, s in valid]
+    assert outcome["val_si_sdr"] == pytest.approx(-float(sum(losses)) / 3, abs=1e-3)
 
 
 def test_a_broken_checkpoint_is_named(model, speech, valid, tmp_path):

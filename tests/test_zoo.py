@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from asteroid_tiny import example_mixture, from_pretrained, list_models
+from asteroid_tiny import TinySepformer, example_mixture, from_pretrained, list_models
 from asteroid_tiny.hub import ZOO
 
 SCRIPT = "egs/minispeech/TinySepformer/local/make_example.py"
@@ -31,6 +31,13 @@ def test_packaged_weights_separate_as_their_card_says(name, maker):
     assert found == pytest.approx(told["si_sdr_i"], abs=0.1)
     sentence = maker.SENTENCE.format(n=told["n_mixtures"], value=told["si_sdr_i"])
     assert sentence in (ZOO / name / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["tiny-sepformer-xs_2spk_8k", "tiny-sepformer-xs_3spk_8k"])
+def test_packaged_weights_are_of_the_preset_that_their_name_tells(name):
+    stored = list_models()[name]["model_args"]
+    preset = TinySepformer.from_preset("tiny-sepformer-xs", stored["n_src"]).get_model_args()
+    assert preset == stored
 
 
 def test_the_example_is_a_mixture_of_the_pack_and_names_its_speakers(maker):
