@@ -5,10 +5,15 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 from .errors import UserError
+
+LEFT = re.compile(r"\..{0,30}\.[0-9a-f]{8}\.[0-9]+\.part(\..*)?", re.DOTALL)
+AN_HOUR = 3600  # s
 
 
 @contextlib.contextmanager
@@ -49,6 +54,17 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):  # there is none, or its folder is none
             part.unlink()
+
+
+def sweep(folder):
+    """Deletes what `whole_file` left in a folder when its process was killed, an hour ago or more.
+
+    Younger ones may be another process's at work, on another machine for all we know.
+    """
+    with contextlib.suppress(OSError):
+        for part in Path(folder).iterdir():
+            if LEFT.fullmatch(part.name) and time.time() - part.stat().st_mtime > AN_HOUR:
+                part.unlink()
 
 
 @contextlib.contextmanager

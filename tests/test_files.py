@@ -4,13 +4,14 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from asteroid_tiny.files import alone, files_below, whole_file, whole_folder
+from asteroid_tiny.files import alone, files_below, sweep, whole_file, whole_folder
 
 OLD, NEW = "the old content\n", "the new content\n"
 
@@ -135,6 +136,22 @@ def test_the_old_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path, mon
     with refused("notes could not be written"), whole_folder(tmp_path / "notes") as part:
         write_folder(part, NEW)
     assert read_folder(tmp_path / "notes") == OLD and names(tmp_path) == ["notes"]
+
+
+def test_what_a_killed_process_left_is_swept_an_hour_later(tmp_path):
+    for name in ("talk_est1.wav", 40 * "x" + ".flac", "none"):
+        with whole_file(tmp_path / name) as part:
+            part.write_text(NEW)
+            for other in ("1", "2"):
+                shutil.copy(part, part.with_name(part.name.replace(str(os.getpid()), other)))
+    (tmp_path / ".own.part.wav").touch()
+    old = [path for path in tmp_path.iterdir() if ".2.part" in path.name]
+    for path in [*old, tmp_path / ".own.part.wav", tmp_path / "none"]:
+        os.utime(path, (0, 0))
+    before = set(tmp_path.iterdir())
+    sweep(tmp_path)
+    assert len(old) == 3 and set(tmp_path.iterdir()) == before - set(old)
+    sweep(tmp_path / "missing")
 
 
 def test_a_link_to_a_folder_stays_one(tmp_path):

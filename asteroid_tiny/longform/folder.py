@@ -13,7 +13,7 @@ import soundfile
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import reason
+from ..files import reason, sweep
 from ..inspection import DEFAULT, default_for, find_device, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, check_peak, open_recording
 from .blocks import BLOCK, separate_file
@@ -80,6 +80,7 @@ def separate_all(
     recordings = [path for path in found if not _is_output(path, out, found)]
     for path in [path for path in found if path not in recordings]:
         print(f"  {path}: left out, an output of an earlier run")
+    sweep(out)
     for path in recordings:
         told = None
         try:
