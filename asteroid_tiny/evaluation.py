@@ -67,7 +67,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         )
     out_dir = Path(out_dir)
     make_folder(out_dir)  # now rather than after an hour
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()
     try:
         table = _measure_all(model, dataset, device, n_workers)
@@ -76,7 +76,8 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
             for rank, i in _ranks(table, seed)
         }
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
     summary = summarise(table, dataset.sample_rate, seed)
     with (  # the summary, first to be opened, is the last to take its place: then all is there
         whole_file(out_dir / "summary.json") as summary_file,
@@ -86,7 +87,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         table.to_csv(csv_file, index=False, float_format="%.4f")
         summary_file.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         for name, signals in examples.items():
-            _write_example(folder / example_name(name), dataset.sample_rate, *signals)
+            _write_example(folder / example_name(name), round(dataset.sample_rate), *signals)
     return summary
 
 

@@ -5,9 +5,9 @@ A file is checked against its model before it is kept, and says in its metadata 
 
 import contextlib
 import copy
+import functools
 import json
 import logging
-import os
 import textwrap
 import warnings
 from pathlib import Path
@@ -18,9 +18,9 @@ import soxr
 import torch
 
 from .errors import UserError, printable
-from .files import make_folder, whole_file
+from .files import whole_file
 from .hub import example_mixture
-from .models import Sepformer
+from .models import Sepformer, separate_by
 from .weights import told
 
 LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
@@ -319,10 +319,8 @@ class OnnxSeparator(torch.nn.Module):
         """Separates a file or signals, as `Sepformer.separate` does."""
         from asteroid import separate
 
-        if output_dir is not None:
-            make_folder(output_dir)
-        wav = str(wav) if isinstance(wav, os.PathLike) else wav
-        return separate.separate(self, wav, output_dir, *args, **kwargs)
+        by = functools.partial(separate.separate, self)
+        return separate_by(by, wav, output_dir, *args, **kwargs)
 
     forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls
 

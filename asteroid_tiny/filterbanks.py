@@ -9,6 +9,7 @@ free to move.
 import contextlib
 import inspect
 import math
+import threading
 
 import asteroid_filterbanks
 import numpy as np
@@ -44,7 +45,7 @@ def build_filterbank(fb_name, n_filters, kernel_size, stride, sample_rate, fb_in
     for name in fb_kwargs:
         if name not in known:
             raise UserError(f"there is no argument {name!r}, of the model or of its filterbank")
-    with _old_numpy_names():
+    with LENDING, _old_numpy_names():
         encoder, decoder = asteroid_filterbanks.make_enc_dec(
             fb_name, n_filters, kernel_size, stride=stride, sample_rate=sample_rate, **fb_kwargs
         )
@@ -54,6 +55,9 @@ def build_filterbank(fb_name, n_filters, kernel_size, stride, sample_rate, fb_in
     elif fb_init != "random":
         raise ValueError(f"fb_init must be 'random', or for free filters 'sinusoids': {fb_init!r}")
     return encoder, decoder
+
+
+LENDING = threading.RLock()  # one thread at a time lends, as the first to end takes back
 
 
 @contextlib.contextmanager

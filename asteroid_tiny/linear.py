@@ -58,7 +58,11 @@ def feed_forward(x, widen, widen_bias, narrow, narrow_bias):
     if is_traced():
         return F.linear(F.relu(F.linear(*args[:3])), *args[3:])
     device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = (
+        x.dtype != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
     if casts:  # here, as the backward pass would know nothing of it
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):

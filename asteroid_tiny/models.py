@@ -133,7 +133,7 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         estimates = self(wav, *args, **kwargs)
         if not estimates.any():  # of silence: `separate` divides by their sum
             estimates = estimates + torch.finfo(estimates.dtype).tiny
-        return estimates
+        return estimates.float() if estimates.dtype.itemsize < 4 else estimates
 
     def separate(self, wav, output_dir=None, *args, **kwargs):
         """Separates one signal, as `asteroid.separate.separate`.
@@ -148,15 +148,12 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
             np.ndarray or torch.Tensor: The estimates of signals, of a file None.
 
         Shape:
-            (time,) -> (n_src, time), (batch, time) or (batch, 1, time) -> (batch, n_src, time).
+            (time,) -> (n_src, time), (1, time) or (batch, 1, time) -> (batch, n_src, time).
 
         Raises:
-            UserError: If the folder cannot be made.
+            UserError: If the folder cannot be made, or samples are NaN or infinite.
         """
-        if output_dir is not None:
-            make_folder(output_dir)
-        wav = str(wav) if isinstance(wav, os.PathLike) else wav
-        return super().separate(wav, output_dir, *args, **kwargs)
+        return separate_by(super().separate, wav, output_dir, *args, **kwargs)
 
     def get_model_args(self):
         """Arguments that build the same model again (dict)."""
@@ -234,6 +231,7 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         bases = [c for c in cls.__mro__ if issubclass(c, _DualPathModel)]
         classes = {c.__name__: c for c in _subclasses(cls)} | {c.__name__: cls for c in bases}
         classes.pop(_DualPathModel.__name__)
+        overrides = {name: _plain(value) for name, value in overrides.items()}
         return build(stored, classes, **overrides).eval()
 
 
@@ -406,6 +404,21 @@ class TinySepformer(_DualPathModel):
 def _subclasses(cls):
     """All classes that are derived from one, however remotely."""
     return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
+
+
+def separate_by(separate, wav, output_dir, *args, **kwargs):
+    """By Asteroid's `separate`, which takes no `Path`, no (time,), and of 16 bits wrong sums."""
+    if output_dir is not None:
+        make_folder(output_dir)
+    if isinstance(wav, np.ndarray):
+        wav = torch.from_numpy(np.ascontiguousarray(wav))
+        return separate_by(separate, wav, None, *args, **kwargs).numpy()
+    if isinstance(wav, torch.Tensor):
+        wav = wav if wav.dtype == torch.float64 else wav.float()
+        estimates = separate(wav[None] if wav.ndim == 1 else wav, None, *args, **kwargs)
+        return estimates[0] if wav.ndim == 1 else estimates
+    wav = str(wav) if isinstance(wav, os.PathLike) else wav
+    return separate(wav, output_dir, *args, **kwargs)
 
 
 def _plain(value):

@@ -11,7 +11,8 @@ from .errors import UserError
 
 ENCODER, DECODER = "encoder.filterbank._filters", "decoder.filterbank._filters"
 TO_MASK = "masker.to_mask.weight"
-MEANINGS = "n_heads", "norm_type", "encoder_activation", "mask_act"  # which no shape shows
+#: What no shape shows, of shared layers their number.
+MEANINGS = "n_heads n_intra_layers n_inter_layers norm_type encoder_activation mask_act".split()
 
 
 def copy_weights(model, name_or_path):
@@ -144,9 +145,18 @@ def average(models):
     first, *others = models
     args = first.get_model_args()
     of_training = {key: args[key] for key in ("dropout", "checkpoint_activations")}
-    if any(type(m) is not type(first) or m.get_model_args() | of_training != args for m in others):
+    theirs = [m.get_model_args() | of_training for m in others]
+    if not all(type(m) is type(first) for m in others) or not all(_alike(x, args) for x in theirs):
         raise UserError("models of different classes or arguments cannot be averaged")
     mean = type(first)(**args).to(next(first.parameters()).dtype).eval()
     states = [m.state_dict() for m in models]
     mean.load_state_dict({k: sum(s[k] for s in states) / len(states) for k in states[0]})
     return mean
+
+
+def _alike(args, others):
+    """Whether arguments of models, of which a window may be a tensor, are the same."""
+    if not isinstance(args, dict) or not isinstance(others, dict):
+        tensors = [isinstance(x, torch.Tensor) for x in (args, others)]
+        return torch.equal(args, others) if all(tensors) else not any(tensors) and args == others
+    return args.keys() == others.keys() and all(_alike(args[key], others[key]) for key in args)

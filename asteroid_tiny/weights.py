@@ -111,13 +111,17 @@ def write_pair(folder, conf, about, half=False):
         dict: The content of config.json.
 
     Raises:
-        UserError: If the files cannot be written, or the arguments are no plain data.
+        UserError: If the files cannot be written, the arguments are no plain data, or 16 bits do
+            not hold the weights.
     """
     folder = Path(folder)
     state = {key: t.detach().cpu().contiguous() for key, t in conf["state_dict"].items()}
     state = {key: tensor.clone() for key, tensor in state.items()}  # none may share its memory
     if half:
         state = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+        for key, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{key} holds numbers that 16 bits cannot store")
     config = {
         "format": FORMAT,
         "model_name": conf["model_name"],
@@ -360,6 +364,8 @@ def _check_sizes(args, stored, model_class):
     """Refuses what would take forever to lay out, or more memory than there is."""
     defaults = {k: p.default for k, p in inspect.signature(model_class).parameters.items()}
     args = {**defaults, **args}
+    if args["stride"] is None:
+        args["stride"] = args["kernel_size"] // 2
     check_numbers(args)
     intra, inter = args["n_intra_layers"], args["n_inter_layers"]
     unique = args["n_repeats"] * (2 if args["share_layers"] else intra + inter)

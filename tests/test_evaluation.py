@@ -1,5 +1,6 @@
 """Evaluation on real speech: what the numbers, files and messages promise."""
 
+import copy
 import errno
 import functools
 import itertools
@@ -372,6 +373,17 @@ def test_a_full_disk_leaves_the_old_results(done, monkeypatch):
         evaluate(Double(dataset.sample_rate), dataset, done[0], n_workers=0)
     assert "\n" not in str(caught.value)
     assert contents(done[0]) == before
+
+
+def test_modes_of_parts_stay_and_rates_may_be_floats(dataset, tmp_path):
+    model = Double(dataset.sample_rate)
+    model.frozen, model.free = torch.nn.Dropout(), torch.nn.Dropout()
+    model.frozen.eval()
+    floats = copy.copy(dataset)
+    floats.sample_rate = float(dataset.sample_rate)
+    evaluate(model, floats, tmp_path, n_workers=0)
+    assert model.training and model.free.training and not model.frozen.training
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_process_that_cannot_be_started_is_told(dataset, tmp_path, monkeypatch):

@@ -59,6 +59,24 @@ def test_segments_are_cut_at_the_right_samples(make_dir):
     assert speech.minutes() == pytest.approx((6000 + 1 + 4000) / RATE / 60)
 
 
+def test_utterances_do_not_give_what_is_beside_them(make_dir, refused):
+    segments = "u1 r 0.1 0.2\nu2 r 0.2 0.4\n"
+    tables = {"segments": segments, "utt2spk": "u1 s\nu2 t\n"}
+    speech = SpeechDir(make_dir({"r": NOISE}, tables=tables))
+    assert len(speech.read("u1", 300, 500)) == 500 and not len(speech.read("u1", 800))
+    for start, length in ((0, 801), (-1, 10), (700, 101), (801, None)):
+        with refused("u1 has 800 samples"):
+            speech.read("u1", start, length)
+
+
+def test_some_speakers_alone_are_all_there_is(make_dir):
+    speech = SpeechDir(make_dir({"a": NOISE, "b": NOISE, "c": NOISE}))
+    some = speech.of("[ab]")
+    assert sorted(some.utterances) == sorted(some.wavs) == sorted(some.by_speaker) == ["a", "b"]
+    assert 3 * some.minutes() == pytest.approx(2 * speech.minutes())
+    assert len(speech.utterances) == 3
+
+
 def test_without_segments_each_recording_is_an_utterance(make_dir):
     speech = SpeechDir(make_dir({"b": NOISE[:12345], "a": NOISE[:777]}))
     lengths = {key: utterance.length for key, utterance in speech.utterances.items()}

@@ -12,6 +12,7 @@ from asteroid_tiny.data import (
     NoiseDir,
     RepeatedMixtures,
     SpeechDir,
+    draw_list,
     read_list,
     write_list,
 )
@@ -105,6 +106,17 @@ def test_an_item_is_the_same_in_any_order_and_process(listed):
     assert not torch.equal(RepeatedMixtures(listed, 4000, seed=4)[0][0], wanted[0][0])
     orders = {tuple(which(RepeatedMixtures(listed, 20000, s)[i]) for i in range(6)) for s in (0, 1)}
     assert len(orders) == 2
+
+
+def test_lists_that_could_not_be_read_again_are_not_written(valid_speech, tmp_path, refused):
+    two, three = (draw_list(valid_speech, 2, n_src, 8000, 0) for n_src in (2, 3))
+    for mixtures in (two + three, []):
+        with refused("all of as many sources"):
+            write_list(tmp_path / "list.csv", mixtures, RATE)
+    for ratio in (-0.5, 1.5, float("nan")):
+        with refused("overlap_ratio must be from 0 to 1"):
+            draw_list(valid_speech, 2, 2, 8000, 0, overlap_ratio=ratio)
+    assert not list(tmp_path.iterdir())
 
 
 def test_speeds_are_drawn_for_each_source_of_a_list(listed):

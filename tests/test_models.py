@@ -13,7 +13,14 @@ import torch
 from asteroid_filterbanks import FreeFB
 from small import CLASSES, SIZES, both_classes, first_layer, n_parameters, small
 
-from asteroid_tiny import PRESETS, Sepformer, TinySepformer, models
+from asteroid_tiny import (
+    PRESETS,
+    Sepformer,
+    TinySepformer,
+    example_mixture,
+    from_pretrained,
+    models,
+)
 from asteroid_tiny.filterbanks import sinusoid_pairs
 from asteroid_tiny.layers import (
     ConvAttentionLayer,
@@ -276,6 +283,20 @@ def test_separate_takes_tensors_arrays_and_files(tmp_path):
         model.separate(str(path))
 
 
+def test_separate_takes_one_signal_of_any_type():
+    model = from_pretrained("tiny-sepformer-xs_2spk_8k")
+    mixture, _ = sf.read(example_mixture(), dtype="float32")
+    mixture = torch.from_numpy(np.tile(mixture / np.abs(mixture).max(), 5))
+    wanted = model.separate(mixture)
+    assert wanted.shape == (2, len(mixture))
+    assert torch.equal(wanted, model.separate(mixture[None])[0])
+    loud = (2 * mixture * 32768).clamp(-32768, 32767).to(torch.int16)
+    assert torch.equal(model.separate(loud), model.separate(loud.float()))
+    assert np.array_equal(model.separate(loud.numpy()), model.separate(loud))
+    halved = model.half().separate(mixture.half())
+    assert (halved - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_silence_is_separated_into_silence_and_nan_refused(tmp_path, refused):
     model = small()
     assert not model.separate(torch.zeros(1, 8000)).any()
@@ -284,6 +305,12 @@ def test_silence_is_separated_into_silence_and_nan_refused(tmp_path, refused):
     assert not sf.read(tmp_path / "silence_est1.wav")[0].any()
     with refused("NaN"):
         model.separate(np.full((1, 8000), np.nan, np.float32))
+
+
+def test_what_differs_from_stored_arguments_may_be_what_the_constructor_takes():
+    conf = small().serialize()
+    model = from_pretrained(conf, stride=None, chunk_size=np.int64(20), dropout=np.float32(0.5))
+    assert model.get_model_args()["chunk_size"] == 20 and first_layer(model).dropout.p == 0.5
 
 
 def test_loaded_models_do_not_drop_out():

@@ -228,6 +228,14 @@ def test_16_bits_are_stored_where_they_serve_and_else_not(
     assert json.loads((folder / CONFIG).read_text())["dtype"] == "float32"
 
 
+def test_weights_beyond_16_bits_are_not_stored_in_them(tmp_path, refused):
+    model = small()
+    model.masker.to_mask.weight.data.fill_(1e6)
+    with refused("masker.to_mask.weight holds numbers that 16 bits cannot store"):
+        model.save_pretrained(tmp_path / "m", half=True)
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("db, dtype", [(39.9, "float32"), (40.1, "float16")])
 def test_16_bits_are_stored_from_40_db_on(tmp_path, about, monkeypatch, db, dtype):
     monkeypatch.setattr("asteroid_tiny.publish.rounding_db", lambda *_: db)

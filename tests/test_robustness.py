@@ -25,6 +25,14 @@ def test_any_length_works(model_class):
 
 
 @both_classes
+def test_autocast_leaves_64_bits_alone(model_class):
+    model, mixture = small(model_class).double(), torch.randn(1, 800).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(mixture)
+    assert torch.equal(cast, model(mixture))
+
+
+@both_classes
 def test_a_mixture_shorter_than_the_filters_is_one_of_their_length(model_class):
     model, mixture = small(model_class), torch.randn(2, 5)
     with torch.no_grad():

@@ -10,8 +10,9 @@ import recipes
 import soundfile
 import torch
 from scipy.signal import resample_poly
+from small import small
 
-from asteroid_tiny import TinySepformer, example_mixture, from_pretrained
+from asteroid_tiny import TinySepformer, average, example_mixture, from_pretrained
 from asteroid_tiny.config import PATHS, read_conf
 from asteroid_tiny.recipe import (
     build_model,
@@ -87,6 +88,27 @@ def test_a_training_goes_on_without_the_weights_that_it_began_with(make_run, tmp
     (exp_dir / "best_model.pth").unlink()  # as if it had been stopped before
     train_model(exp_dir, settings)
     assert (exp_dir / "best_model.pth").exists()
+
+
+def test_models_of_one_window_are_averaged_and_of_two_refused(refused):
+    stft = dict(fb_name="stft", kernel_size=16, stride=8, n_filters=18)
+    one, same, other = (
+        small(window=window(16, dtype=torch.float32), **stft)
+        for window in (torch.hann_window, torch.hann_window, torch.hamming_window)
+    )
+    mean = average([one, same])
+    key = "masker.to_mask.weight"
+    weights = [model.state_dict()[key] for model in (one, same, mean)]
+    assert torch.allclose(weights[2], (weights[0] + weights[1]) / 2)
+    with refused("different classes or arguments"):
+        average([one, other])
+
+
+def test_weights_of_another_depth_are_refused(tmp_path, refused):
+    small().save(tmp_path / "m.pth")
+    for options in ({}, {"share_layers": False}):
+        with refused("is a model with n_intra_layers"):
+            copy_weights(small(n_intra_layers=5, **options), tmp_path / "m.pth")
 
 
 def test_the_command_on_a_card_says_null_as_an_option_does():

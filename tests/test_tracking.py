@@ -36,6 +36,16 @@ def test_voices_keep_speakers_in_one_file_and_a_whole_recording_better_than_a_st
     assert whole < 0.5 * at_once
 
 
+def test_of_a_stream_nothing_is_kept_and_the_orders_are_the_same():
+    rng = np.random.default_rng(0)
+    whole, live = SpeakerTracker(2, RATE), SpeakerTracker(2, RATE, live=True)
+    for k in range(4):
+        block = rng.normal(size=(2, 4 * RATE)).astype(np.float32)
+        assert np.array_equal(whole.order(block, 2 * RATE * k), live.order(block, 2 * RATE * k))
+    assert len(whole.orders) == 4 and len(whole.halves) == 8
+    assert len(live.orders) == 1 and not live.halves
+
+
 @pytest.mark.parametrize("times", [1, 5])
 def test_an_offset_does_not_make_speakers_change_places(conversations, times):
     for sources in conversations[:3]:

@@ -90,9 +90,15 @@ class SpeechDir:
 
         Returns:
             np.ndarray: (length,), float32 in [-1, 1].
+
+        Raises:
+            UserError: If it has not so many, or the recording is broken, not mono or changed.
         """
         where = self.utterances[utterance]
         length = where.length - start if length is None else length
+        if not 0 <= start <= start + length <= where.length:
+            asked = f"those from {start} to {start + length}"
+            raise UserError(f"{utterance} has {where.length} samples, not {asked}")
         first = where.start + start
         wav = self.wavs[where.recording]
         samples = self._cache.read(wav, first, first + length, self.recorded_rate)
@@ -113,6 +119,9 @@ class SpeechDir:
         if not matching:
             raise UserError(f"{self.path} has no speaker {pattern!r}")
         some.by_speaker = {k: v for k, v in self.by_speaker.items() if k in matching}
+        some.utterances = {k: u for k, u in self.utterances.items() if u.speaker in matching}
+        recordings = {utterance.recording for utterance in some.utterances.values()}
+        some.wavs = {key: path for key, path in self.wavs.items() if key in recordings}
         return some
 
     def minutes(self):

@@ -172,9 +172,11 @@ def draw_list(speech, n_mixtures, n_src, length, seed, max_gap=5.0, overlap_rati
         list of Mixture: The list.
 
     Raises:
-        UserError: If there are fewer speakers than sources.
+        UserError: If there are fewer speakers than sources, or `overlap_ratio` is not from 0 to 1.
     """
     check_speakers(speech, n_src)
+    if not 0 <= overlap_ratio <= 1:
+        raise UserError(f"overlap_ratio must be from 0 to 1, not {overlap_ratio:g}")
     rng = np.random.default_rng(seed)
     groups = _draw_groups(list(speech.by_speaker), n_mixtures, n_src, rng)
     draw = functools.partial(
@@ -207,7 +209,14 @@ def check_speakers(speech, n_src):
 
 
 def write_list(path, mixtures, sample_rate):
-    """Writes a mixture list: a CSV with one row a mixture and six columns a source or noise."""
+    """Writes a mixture list: a CSV with one row a mixture and six columns a source or noise.
+
+    Raises:
+        UserError: If there is no mixture, they have unequal numbers of sources, or the file cannot
+            be written.
+    """
+    if len({(len(mixture.sources), mixture.noise is None) for mixture in mixtures}) != 1:
+        raise UserError(f"{path} must list mixtures, all of as many sources, with noise or without")
     parts = _parts(len(mixtures[0].sources), mixtures[0].noise)
     header = ["mixture_id", "sample_rate", "length"]
     header += [f"{part}_{name}" for part in parts for name in Source._fields]

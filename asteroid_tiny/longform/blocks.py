@@ -69,7 +69,7 @@ def separate_stream(
         model, pieces, block, overlap, batch_size, mixture_consistency
     ):
         if tracker is None:
-            tracker = SpeakerTracker(len(estimates), model.sample_rate, memory)
+            tracker = SpeakerTracker(len(estimates), model.sample_rate, memory, live=True)
             joined = _Join(len(estimates))
         yield joined.take(until=start)
         joined.add(estimates[tracker.order(estimates, start)] + rumble)

@@ -44,10 +44,12 @@ class SpeakerTracker:
         n_src (int): Number of outputs.
         sample_rate (float): In Hz.
         memory (bool): Whether voices count; else the overlaps decide alone.
+        live (bool): Whether nothing is kept for `reorder`, as where a stream never ends.
     """
 
-    def __init__(self, n_src, sample_rate, memory=True):
+    def __init__(self, n_src, sample_rate, memory=True, live=False):
         self.memory = memory
+        self.live = live
         self.permutations = np.array(list(itertools.permutations(range(n_src))))
         self.listener = Listener(sample_rate)
         self.orders, self.halves = [], []
@@ -75,6 +77,8 @@ class SpeakerTracker:
         order = self.permutations[scores[speakers, self.permutations].sum(1).argmax()]
         self.precisions += block.precisions[order]
         self.voices += block.voices[order]
+        if self.live:
+            self.orders.clear()
         self.orders.append(order)
         return order
 
@@ -171,17 +175,21 @@ class SpeakerTracker:
         return evidence(*together, AT_ONCE) - before
 
     def _listen(self, estimates, start):
-        """What is to be kept of a block (Part), whose halves are kept for later."""
+        """What is to be kept of a block (Part); its halves are kept for later."""
         heard = self.listener.hear(estimates)
         agreement = np.zeros((len(estimates),) * 2)
         if self.last is not None:
             before = self.last[1][:, start - self.last[0] :]
             agreement = self._agreement(before, estimates, heard.speech)
         self.last = start, estimates
-        middle, held = len(heard.speech) // 2, TOGETHER * np.eye(len(estimates))
+        if not self.live:
+            self._keep_halves(heard, agreement)
+        return Part(*self.listener.voices(heard), agreement)
+
+    def _keep_halves(self, heard, agreement):
+        middle, held = len(heard.speech) // 2, TOGETHER * np.eye(len(agreement))
         self.halves.append(Part(*self.listener.voices(heard, slice(middle)), agreement))
         self.halves.append(Part(*self.listener.voices(heard, slice(middle, None)), held))
-        return Part(*self.listener.voices(heard), agreement)
 
     def _agreement(self, before, estimates, speech):
         """Correlation of two blocks' outputs in each frame of speech, summed, in seconds."""
