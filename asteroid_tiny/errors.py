@@ -15,7 +15,8 @@ class UserError(ValueError):
 
 def sentence(error):
     """The sentence of a `UserError`, which a data loader's worker wraps in a traceback (str)."""
-    return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+    told = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+    return told.removesuffix("\n")  # of the traceback
 
 
 def printable(words):

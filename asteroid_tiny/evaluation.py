@@ -265,11 +265,11 @@ def _in_workers(jobs, n_workers):
 def _submitted(pool, job):
     try:
         return pool.submit(_job, *job)
-    except OSError as error:  # of the fork server's socket, in a folder for temporary files
-        raise UserError(
-            f"no process to compute metrics can be started ({error}); set TMPDIR to a folder with "
-            "a short path"
-        ) from None
+    except OSError as error:
+        mend = "run the evaluation again with fewer workers"
+        if "AF_UNIX" in str(error):  # the fork server's socket is in a folder for temporary files
+            mend = "set TMPDIR to a folder with a short path"
+        raise UserError(f"no process to compute metrics can be started ({error}); {mend}") from None
 
 
 def _start_worker():

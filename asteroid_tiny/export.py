@@ -107,7 +107,7 @@ def save_fp32(model, path):
         )
     except Exception as error:  # of many classes, and of a hundred lines
         cause = error
-        while cause.__cause__ or cause.__context__:
+        while cause.__cause__ or (cause.__context__ and not cause.__suppress_context__):
             cause = cause.__cause__ or cause.__context__
         what = textwrap.shorten(printable(f"{type(cause).__name__}: {cause}"), 200)
         raise UserError(

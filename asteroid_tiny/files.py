@@ -63,8 +63,9 @@ def sweep(folder):
     """
     with contextlib.suppress(OSError):
         for part in Path(folder).iterdir():
-            if LEFT.fullmatch(part.name) and time.time() - part.stat().st_mtime > AN_HOUR:
-                part.unlink()
+            with contextlib.suppress(OSError):  # another process was faster, or it is a folder
+                if LEFT.fullmatch(part.name) and time.time() - part.stat().st_mtime > AN_HOUR:
+                    part.unlink()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Asteroid's command asteroid-infer, for models of Asteroid and of this package alike."""
 
-import argparse
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from asteroid.dsp import LambdaOverlapAdd
 from asteroid.models import BaseModel
 from asteroid.scripts import asteroid_cli
+from asteroid.separate import separate
 from asteroid.utils.hub_utils import MODELS_URLS_HASHTABLE, SR_HASHTABLE
 
 from .errors import UserError
-from .files import make_folder
 from .hub import locate
-from .models import Sepformer, TinySepformer, from_pretrained
+from .models import Sepformer, TinySepformer, from_pretrained, separate_by
 from .weights import open_stored
 
 
@@ -28,13 +28,13 @@ def infer(argv):
         UserError: If a file, an option or the model is wrong, or the folder for the output cannot
             be made.
     """
-    ours = argparse.ArgumentParser(prog="asteroid-tiny infer", add_help=False)
-    ours.add_argument("-o", "--output-dir")
-    if out := ours.parse_known_args(argv)[0].output_dir:
-        make_folder(out)
-    theirs, words = (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv
-    asteroid_cli.BaseModel = SimpleNamespace(from_pretrained=_load_any)
-    asteroid_cli.LambdaOverlapAdd = _overlap_add  # all else is left to it
+    ours = {
+        "BaseModel": SimpleNamespace(from_pretrained=_load_any),
+        "LambdaOverlapAdd": _overlap_add,
+        "separate": _separate,
+    }
+    theirs, words = {name: getattr(asteroid_cli, name) for name in ours}, sys.argv
+    vars(asteroid_cli).update(ours)  # all else is left to it
     sys.argv = ["asteroid-tiny infer"]  # which its help and its errors begin with
     try:
         with warnings.catch_warnings():
@@ -46,7 +46,8 @@ def infer(argv):
         told = " ".join(str(error).split())
         raise UserError(told or f"a file cannot be read: {type(error).__name__}") from None
     finally:
-        (asteroid_cli.BaseModel, asteroid_cli.LambdaOverlapAdd), sys.argv = theirs, words
+        vars(asteroid_cli).update(theirs)
+        sys.argv = words
 
 
 class _OverlapAdd(LambdaOverlapAdd):
@@ -56,6 +57,11 @@ class _OverlapAdd(LambdaOverlapAdd):
 def _overlap_add(nnet, window, **options):
     """Asteroid's overlap-add, its default window by SciPy's name."""
     return _OverlapAdd(nnet, window="hann" if window == "hanning" else window, **options)
+
+
+def _separate(model, path, output_dir=None, **options):
+    """Asteroid's, which makes no folder."""
+    return separate_by(functools.partial(separate, model), path, output_dir, **options)
 
 
 def _load_any(pretrained_model_conf_or_path):

@@ -65,7 +65,10 @@ def write_report(results, title, credits="", curves=()):
     results = Path(results)
     try:
         summary = json.loads((results / "summary.json").read_text())
-        table = pd.read_csv(results / "metrics.csv", dtype={"mixture_id": str, "speakers": str})
+        words = {"mixture_id": str, "speakers": str}  # of which NA is one like others
+        table = pd.read_csv(
+            results / "metrics.csv", dtype=words, keep_default_na=False, na_values=[""]
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{results} holds no results to report: {error}") from None
     measured = table[table.si_sdr_i.notna()]  # none of single speakers

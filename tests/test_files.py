@@ -145,6 +145,9 @@ def test_what_a_killed_process_left_is_swept_an_hour_later(tmp_path):
             for other in ("1", "2"):
                 shutil.copy(part, part.with_name(part.name.replace(str(os.getpid()), other)))
     (tmp_path / ".own.part.wav").touch()
+    for k in range(9):  # which cannot be deleted, in any order
+        (tmp_path / f".{k}.deadbeef.9.part").mkdir()
+        os.utime(tmp_path / f".{k}.deadbeef.9.part", (0, 0))
     old = [path for path in tmp_path.iterdir() if ".2.part" in path.name]
     for path in [*old, tmp_path / ".own.part.wav", tmp_path / "none"]:
         os.utime(path, (0, 0))

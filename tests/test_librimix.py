@@ -268,7 +268,9 @@ def test_noise_of_few_samples_is_repeated_as_well(tmp_path):
         NoiseDir,
     )
     noise = NoiseDir(tmp_path / "noise").read("click", 3, 400)
-    assert noise.shape == (400,) and np.allclose(noise, 0.5, atol=1e-4)
+    assert (
+        noise.shape == (400,) and noise.dtype == np.float32 and np.allclose(noise, 0.5, atol=1e-4)
+    )
 
 
 def test_the_recipe_runs_through_its_stages(corpus, tmp_path, capsys):

@@ -119,6 +119,19 @@ def test_lists_that_could_not_be_read_again_are_not_written(valid_speech, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_the_order_of_a_pass_is_drawn_by_a_stream_of_its_own(listed, monkeypatch):
+    make, states = np.random.default_rng, []
+
+    def noted(seed):
+        rng = make(seed)
+        states.append(rng.bit_generator.state["state"]["state"])
+        return rng
+
+    monkeypatch.setattr("asteroid_tiny.data.datasets.np.random.default_rng", noted)
+    RepeatedMixtures(listed, 4000, seed=3)[0]
+    assert len(set(states)) == len(states) == 2
+
+
 def test_speeds_are_drawn_for_each_source_of_a_list(listed):
     hums = RepeatedMixtures(listed, 8000, seed=0, speeds=(50, 100))
     plain = RepeatedMixtures(listed, 8000, seed=0)

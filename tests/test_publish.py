@@ -328,6 +328,9 @@ def test_infer_separates_with_models_of_ours_and_of_asteroid(model_class, tmp_pa
         ]
     )
     assert len(list(made.iterdir())) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["infer", "none.pth", "--files", str(made), "-o", str(tmp_path / "unmade")])
+    assert not (tmp_path / "unmade").exists()
     written = np.stack([sf.read(tmp_path / f"talk_est{i}.wav")[0] for i in (1, 2)])
     assert written.shape == (2, 4000) and np.abs(written).max() > 0
     mixture, _ = sf.read(tmp_path / "talk.wav", dtype="float32")

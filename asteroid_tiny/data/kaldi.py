@@ -272,11 +272,13 @@ class NoiseDir(SpeechDir):
 
 def _repeat(samples, length, fade):
     """`length` samples, or more: `samples` again and again, cross-faded over `fade` samples."""
+    if length <= len(samples):
+        return samples
     fade = min(fade, len(samples) // 2)
     end = len(samples) - fade
-    rise = np.hanning(2 * fade - 1)[:fade]
+    rise = np.hanning(2 * fade - 1)[:fade].astype(samples.dtype)
     seam = samples[end:] * rise[::-1] + samples[:fade] * rise
-    n_again = max(0, -(-(length - len(samples)) // end))
+    n_again = -(-(length - len(samples)) // end)
     again = np.tile(np.concatenate([seam, samples[fade:end]]), n_again)
     return np.concatenate([samples[:end], again, samples[end:]])
 
@@ -290,7 +292,8 @@ class RecordingCache:
         self._n_bytes = 0
 
     def read(self, path, start, end, sample_rate=None):
-        """Samples `start` to `end` of a mono file of that rate, (end - start,), float32."""
+        """Samples `start` to `end` of a file of that rate, as float32: (end - start,), or with
+        several channels (end - start, n_channels)."""
         if path not in self._held:
             self._held[path] = decode(path, sample_rate)
             self._n_bytes += self._held[path].nbytes
