@@ -26,10 +26,11 @@ def printable(words):
         >>> printable("mit\\x1b[2J\\n licence")
         'mit?[2J licence'
     """
-    return _without_codes(" ".join(str(words).split()))
+    return without_codes(" ".join(str(words).split()))
 
 
-def _without_codes(text):
+def without_codes(text):
+    """Words of which some may come from outside, as one line that a terminal can show (str)."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -39,6 +40,6 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        told = _without_codes(sentence(error))  # it may quote others; blanks in paths stay
+        told = without_codes(sentence(error))  # it may quote others; blanks in paths stay
         print(f"error: {told}", file=sys.stderr)
         sys.exit(2)

@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import make_folder, whole_file, whole_folder
+from .files import make_folder, sweep, whole_file, whole_folder
 from .summary import METRICS, SNR, SPARE, main_metric, summarise
 
 SILENCE = 1e-4  # energy; SI-SDR adds 1e-8 to every energy, and means little below this
@@ -67,6 +67,7 @@ def evaluate(model, dataset, out_dir, device="cpu", n_workers=None, seed=0):
         )
     out_dir = Path(out_dir)
     make_folder(out_dir)  # now rather than after an hour
+    sweep(out_dir)
     modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()
     try:

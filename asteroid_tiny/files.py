@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -46,14 +47,19 @@ def whole_file(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        flush(part)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path} could not be written: {reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # there is none, or its folder is none
             part.unlink()
+
+
+def flush(path):
+    """Returns once a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sweep(folder):
@@ -121,12 +127,14 @@ def whole_folder(path):
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+            if not path.exists():  # killed before the new one took its place
+                left.rename(path)
         part.mkdir()
         yield part
         for name in part.rglob("*"):
             if name.is_file():
-                with open(name, "rb") as file:
-                    os.fsync(file.fileno())
+                flush(name)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)

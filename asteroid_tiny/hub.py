@@ -42,7 +42,12 @@ def list_models():
         dict: The content of config.json by name: `model_name`, `n_src`, `sample_rate`,
         `n_parameters`, `training`, `metrics`, `licence` and more.
     """
-    return {path.parent.name: read_config(path) for path in sorted(ZOO.glob(f"*/{CONFIG}"))}
+    return {name: read_config(folder / CONFIG) for name, folder in _packaged().items()}
+
+
+def _packaged():
+    """Folders of the packaged models by name; a hidden one is of a process that was killed."""
+    return {path.parent.name: path.parent for path in sorted(ZOO.glob(f"[!.]*/{CONFIG}"))}
 
 
 def locate(name):
@@ -61,7 +66,7 @@ def locate(name):
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise UserError(f"{name!r} names no model; see asteroid_tiny.list_models()")
     path, name = Path(name), str(name)
-    packaged = {folder.parent.name: folder.parent for folder in ZOO.glob(f"*/{CONFIG}")}
+    packaged = _packaged()
     if name.startswith(("http://", "https://")):
         return _from_url(name)
     try:

@@ -30,7 +30,7 @@ import torch
 from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf, recipe_folder
 from .cost import training_cost
 from .errors import UserError
-from .files import alone, whole_file
+from .files import alone, sweep, whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
 from .preparation import list_path, open_list, open_training
@@ -96,6 +96,8 @@ def train_model(exp_dir, settings):
         print(f"  done before: {target}")
         return
     with alone(exp_dir, "trains") if rank_zero_only.rank == 0 else contextlib.nullcontext():
+        sweep(exp_dir)
+        sweep(exp_dir / "checkpoints")
         _train_model(exp_dir, settings, target)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,25 @@ def test_peak_memory_is_that_of_the_tensors():
         assert row["cpu_s"] > 0 and row["n_runs"] >= 2
 
 
+@pytest.mark.parametrize(
+    "seconds, cpu, wall, n_runs",
+    [
+        ([(1.0, 9.0), (2.0, 2.0), (1.5, 1.5), (0.75, 20.0)], 0.75, 20.0, 4),  # a busy machine
+        ([(6.0, 6.0), (7.0, 7.0)], 6.0, 6.0, 2),  # slow, but twice
+        ([(0.25, 0.5)] * 10, 0.25, 0.5, 10),  # fast, but no more than ten times
+    ],
+)
+def test_a_time_is_that_of_the_run_with_the_least_cpu_time(monkeypatch, seconds, cpu, wall, n_runs):
+    now, runs = [0.0, 0.0], iter(seconds)
+    clocks = {"process_time": lambda: now[0], "perf_counter": lambda: now[1]}
+    monkeypatch.setattr(measure, "time", SimpleNamespace(**clocks))
+
+    def run():
+        now[:] = (clock + took for clock, took in zip(now, next(runs)))
+
+    assert measure.timed(run) == {"cpu_s": cpu, "wall_s": wall, "n_runs": n_runs}
+
+
 def test_what_would_take_too_much_is_not_tried(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0)
     lengths, waste = [0.5, 1, 20], lambda mixture: lambda: torch.randn(mixture.shape[1], 4000)
@@ -105,6 +125,12 @@ def test_what_would_take_too_much_is_not_tried(monkeypatch):
     monkeypatch.setattr(measure, "available_bytes", lambda: 1e9)
     *_, large = measure.at_each(lengths, 1000, waste)  # 128 MB a second
     assert large["skipped"].endswith(" GB")
+
+
+def test_what_others_do_meanwhile_does_not_make_a_run_too_long():
+    row = {"cpu_s": 1.0, "wall_s": 100.0, "peak_bytes": 0}
+    assert measure.too_much(row, 4, limit=5) is None
+    assert measure.too_much(row, 6, limit=5) == "about 6 s"
 
 
 def test_files_in_onnx_and_int8_are_timed_beside_the_model():

@@ -89,6 +89,17 @@ def test_a_part_goes_on_at_its_end_if_the_content_is_surely_the_same(tmp_path, r
         assert server.asked[-1]["If-Range"] == DATE
 
 
+def test_a_part_is_no_beginning_of_content_of_no_size_that_comes_as_a_whole(tmp_path, refused):
+    path = tmp_path / "model.pth"
+    with serving_files({"/m": CONTENT}, [100_000, 0, 0, 0, 0], ["no range"]) as server:
+        with refused("ended early"):
+            fetch(f"{server.address}/m", path)
+        server.drops.clear()
+        server.quirks.append("no size")
+        fetch(f"{server.address}/m", path, **DIGESTS)
+    assert path.read_bytes() == CONTENT
+
+
 def test_a_part_that_is_whole_needs_no_more(tmp_path, monkeypatch):
     path = tmp_path / "model.pth"
     with serving_files({"/m": CONTENT}) as server:

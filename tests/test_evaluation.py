@@ -19,6 +19,7 @@ import soundfile
 import torch
 from pystoi import stoi
 
+from asteroid_tiny import evaluation
 from asteroid_tiny.errors import UserError
 from asteroid_tiny.evaluation import evaluate, measure
 from asteroid_tiny.report import write_report
@@ -179,6 +180,24 @@ def test_workers_write_the_same_table_and_leave_the_model_in_its_mode(dataset, d
     pd.testing.assert_frame_equal(with_workers, without, check_exact=False, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "asked, cores, used", [(None, 4, 4), (None, 64, 6), (None, 1, 1), (0, 4, 0), (9, 4, 9)]
+)
+def test_there_are_as_many_workers_as_cores_or_mixtures_or_as_asked_for(
+    dataset, tmp_path, monkeypatch, asked, cores, used
+):
+    class Counted(Exception):
+        pass
+
+    def count(jobs, n_workers):
+        raise Counted(n_workers)
+
+    monkeypatch.setattr(evaluation, "_in_workers", count)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    with pytest.raises(Counted, match=f"^{used}$"):
+        evaluate(Oracle(dataset), dataset, tmp_path, n_workers=asked)
+
+
 def test_examples_are_what_they_claim(dataset, done):
     table = pd.read_csv(done[0] / "metrics.csv").set_index("mixture_id").si_sdr_i.sort_values()
     folders = {f.name.split("_")[0]: f for f in (done[0] / "examples").iterdir()}
@@ -298,6 +317,13 @@ def test_fewer_sources_than_estimates_leave_a_spare_one_whose_level_is_told(done
         assert {f"estimate_{k}.wav" for k in (1, 2, 3)} < {f.name for f in folder.iterdir()}
     assert "estimate 3" in write_report(tmp_path, "spare").read_text()
     assert "spare_level" not in done[1]["groups"]["all"]
+
+
+def test_of_several_spare_estimates_the_loudest_counts():
+    source, *spare = np.random.default_rng(0).normal(size=(3, 8000))
+    estimates = np.stack([source, 0.1 * spare[0], 0.01 * spare[1]])
+    row = measure(source, source[None], estimates, 8000)
+    assert row["spare_level"] == pytest.approx(-20, abs=0.5)
 
 
 def test_of_single_speakers_there_is_an_si_sdr_but_no_improvement(tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import onnx
+import onnxruntime.quantization
 import pytest
 import soundfile as sf
 import torch
@@ -83,6 +86,19 @@ def test_a_file_says_what_it_is(exported):
     assert OnnxSeparator(path).sample_rate == 8000
 
 
+def test_a_file_says_what_another_model_is_and_no_more_of_its_making(
+    exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(exported[1], part))
+    monkeypatch.setattr(export, "check_lengths", lambda *_: 0.0)
+    model = small(n_src=3, sample_rate=16000, kernel_size=20, stride=10)
+    about = {"name": "mine", "licence": "mit", "folder": "/home/me"}
+    export_onnx(model, tmp_path / "model.onnx", about=about)
+    facts = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert facts["sample_rate"] == "16000" and facts["n_src"] == "3" and facts["shortest"] == "20"
+    assert json.loads(facts["about"]) == {"name": "mine", "licence": "mit"}
+
+
 def test_a_file_tells_where_its_weights_are_from(tmp_path, capsys):
     packaged = "tiny-sepformer-xs_2spk_8k"
     cli.main(["export", packaged, "-o", str(tmp_path / "model.onnx")])
@@ -101,6 +117,32 @@ def test_shared_layers_are_in_the_file_once(exported):
     n_parameters = sum(p.numel() for p in model.parameters())
     weights = sum(torch.Size(t.dims).numel() for t in onnx.load(path).graph.initializer)
     assert weights < 1.5 * n_parameters
+
+
+def test_weights_of_equal_bytes_but_another_shape_or_type_are_not_taken_for_each_other():
+    zeros = {"a": np.zeros((2, 3), "f4"), "b": np.zeros((3, 2), "f4"), "c": np.zeros((2, 3), "i4")}
+    zeros["d"] = zeros["a"]
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in zeros.items()]
+    nodes = [onnx.helper.make_node("Identity", [name], [f"{name} again"]) for name in zeros]
+    graph = onnx.helper.make_graph(nodes, "zeros", [], [], weights)
+    export.keep_weights_once(graph)
+    assert [node.input[0] for node in graph.node] == ["a", "b", "c", "a"]
+    assert {tensor.name for tensor in graph.initializer} == {"a", "b", "c"}
+
+
+def test_a_file_may_differ_by_a_thousandth_and_silence_by_as_much(refused, monkeypatch):
+    model, error = small(), [0.9e-3]
+    monkeypatch.setattr(
+        export, "OnnxSeparator", lambda *_, **__: lambda mixture: (1 + error[0]) * model(mixture)
+    )
+    with torch.no_grad():
+        assert export.check_lengths(model, "model.onnx") == pytest.approx(0.9e-3, rel=0.01)
+        error[0] = 1.1e-3
+        with refused("disagrees with the model at 8000 samples"):
+            export.check_lengths(model, "model.onnx")
+    export.check_silence(lambda _: torch.tensor([-0.9e-3, 0]))
+    with refused("does not leave silence silent"):
+        export.check_silence(lambda _: torch.tensor([-1.1e-3, 0]))
 
 
 def test_a_file_that_disagrees_is_not_kept(exported, tmp_path, refused, monkeypatch):
@@ -125,6 +167,40 @@ def test_int8_is_close_and_small_or_refused(exported, tmp_path, refused, speech,
     with refused("int8 would take", "nothing was kept"):
         export_onnx(model, tmp_path / "other.onnx", "int8", speech)
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+@pytest.mark.parametrize(
+    "size, si_sdr, is_kept",
+    [(340, (20.5, 20.5), True), (360, (30, 30), False), (300, (30, 19.5), False)],
+)
+def test_int8_is_kept_within_its_limits_alone(
+    tmp_path, refused, monkeypatch, size, si_sdr, is_kept
+):
+    path, kinds = tmp_path / "model.onnx", onnxruntime.quantization.QuantType
+    path.write_bytes(bytes(1000))
+    sources, noise = torch.randn(2, 1, 2, 8000, generator=torch.Generator().manual_seed(0))
+    noise = noise * 10 ** (-torch.tensor(si_sdr)[:, None] / 20)
+
+    def quantize_dynamic(path, small, weight_type):
+        assert weight_type == kinds.QUInt8, "others overflow on some CPUs"
+        small.write_bytes(bytes(size))
+
+    def separator(file, **_):
+        return lambda mixture: mixture.any() * (sources + (file != path) * noise)
+
+    package = SimpleNamespace(quantize_dynamic=quantize_dynamic, QuantType=kinds)
+    monkeypatch.setattr(export, "_import", lambda _: package)
+    monkeypatch.setattr(export, "make_small", lambda _: None)
+    monkeypatch.setattr(export, "OnnxSeparator", separator)
+    if is_kept:
+        outcome = export.save_int8(path, 8000)
+        assert outcome["size"] == size / 1000 and path.stat().st_size == size
+        assert outcome["si_sdr"] == pytest.approx(min(si_sdr), abs=0.2)
+    else:
+        with refused(f"int8 would take {size / 1000:.2f}"):
+            export.save_int8(path, 8000)
+        assert path.stat().st_size == 1000
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.slow

@@ -157,6 +157,15 @@ def test_what_a_killed_process_left_is_swept_an_hour_later(tmp_path):
     sweep(tmp_path / "missing")
 
 
+def test_the_old_folder_of_a_killed_process_comes_back_until_a_new_one_is_whole(tmp_path):
+    (tmp_path / ".notes.1.old").mkdir()
+    write_folder(tmp_path / ".notes.1.old", OLD)
+    with pytest.raises(KeyError), whole_folder(tmp_path / "notes"):
+        assert read_folder(tmp_path / "notes") == OLD
+        raise KeyError
+    assert read_folder(tmp_path / "notes") == OLD and names(tmp_path) == ["notes"]
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "disk" / "notes").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "notes")

@@ -61,6 +61,8 @@ def test_who_has_no_home_can_name_a_cache(monkeypatch, refused):
 def test_packaged_models_are_listed_and_load_by_name(zoo):
     model = small(Sepformer, 3)
     model.save_pretrained(zoo / "a-model", metrics={"si_sdr_i": 7.5}, licence="mit")
+    model.save_pretrained(zoo / ".b-model.1.part")  # of a process that was killed
+    (zoo / ".b-model.1.part" / WEIGHTS).unlink()
     assert asteroid_tiny.list_models().keys() == {"a-model"}
     facts = list_models()["a-model"]
     assert facts["n_src"] == 3 and facts["metrics"]["si_sdr_i"] == 7.5
@@ -123,6 +125,14 @@ def test_the_same_file_name_on_two_servers_is_two_models(tmp_path):
         for name in ("model.pth", WEIGHTS):
             assert alike(from_pretrained(f"{server.address}/a/{name}"), first)
             assert alike(from_pretrained(f"{server.address}/b/{name}"), second)
+
+
+def test_two_addresses_with_one_etag_are_two_models(tmp_path):
+    first, second = small(), small()
+    files = files_of(first, tmp_path / "1", "/a/") | files_of(second, tmp_path / "2", "/b/")
+    with serving_files(files, quirks=["one etag"]) as server:
+        assert alike(from_pretrained(f"{server.address}/a/model.pth"), first)
+        assert alike(from_pretrained(f"{server.address}/b/model.pth"), second)
 
 
 def test_a_checksum_in_the_address_is_verified_and_saves_the_question(tmp_path, refused):

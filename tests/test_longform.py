@@ -56,6 +56,20 @@ def test_blocks_that_differ_join_without_a_step(talk):
     assert np.abs(np.diff(found)).max() < 1e-3
 
 
+def test_outputs_change_places_within_20_ms_in_the_middle_of_a_block(monkeypatch):
+    class OneAndZero(Shares):
+        def forward(self, mixtures):
+            return torch.tensor([1.0, 0.0])[None, :, None].expand(1, 2, mixtures.shape[1])
+
+    change = np.array([[[0, 1], [1, 0]]])
+    monkeypatch.setattr(blocks.SpeakerTracker, "reorder", lambda self: change)
+    found = separate_long(OneAndZero(), np.zeros(RATE, np.float32), mixture_consistency=False)
+    first, second = RATE // 2 - 80, RATE // 2 + 80
+    for track, before in zip(found, (1, 0)):
+        assert (track[:first] == before).all() and (track[second:] == 1 - before).all()
+        assert np.abs(np.diff(track)).max() < 1.01 / 160
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.77, 1.0, 1.9])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size, monkeypatch):

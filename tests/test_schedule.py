@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asteroid_tiny.schedule import Schedule
+from asteroid_tiny.schedule import Schedule, whole_epochs
 
 
 def rates(schedule, n_steps, val_losses=None):
@@ -32,7 +32,12 @@ def test_the_schedule_rises_halves_on_plateau_and_falls():
 
 def test_a_better_loss_is_the_end_of_a_plateau():
     schedule = Schedule(an_optimizer(), 20, patience=1)
-    assert rates(schedule, 9, val_losses=[-2, -1, -3, -2.5])[-1] == 1.0
+    assert rates(schedule, 10, val_losses=[-2, -1, -3, -2.5])[-1] == 1.0
+
+
+def test_after_a_halving_a_loss_is_better_if_it_is_the_best_so_far():
+    schedule = Schedule(an_optimizer(), 20, patience=0)
+    assert rates(schedule, 8, val_losses=[-3, -1, -2])[-1] == 0.25
 
 
 def test_the_schedule_goes_on_from_its_state():
@@ -55,3 +60,11 @@ def test_the_rate_is_not_halved_in_the_first_steps():
         return schedule.get_lr()[0]
 
     assert rate_after(0) == 0.5**9 and rate_after(8) == 0.5**2 and rate_after(11) == 1
+
+
+@pytest.mark.parametrize(
+    "asked, steps, per_epoch", [(199, 200, 100), (240, 200, 100), (60, 60, 60)]
+)
+def test_a_training_has_the_number_of_whole_epochs_that_is_nearest(asked, steps, per_epoch):
+    conf = dict(steps=asked, steps_per_epoch=100, warmup_steps=0, cooldown_steps=0)
+    assert whole_epochs(conf) == {**conf, "steps": steps, "steps_per_epoch": per_epoch}

@@ -76,6 +76,17 @@ def test_estimates_of_more_speakers_are_not_taken_for_those_of_fewer(separate, t
         assert status == 1 and "a model of more speakers" in errors
 
 
+def test_names_are_told_in_one_line(separate, talks, tmp_path):
+    first = sorted(talks.glob("*.wav"))[0]
+    odd = first.rename(tmp_path / "two\nlines.wav")
+    assert "/two?lines.wav: " in separate(odd)[1] and "/two?lines.wav: done" in separate(odd)[1]
+    odd.write_bytes(b"noise")
+    status, text, errors = separate(odd)
+    assert (
+        "/two?lines.wav cannot be read" in errors and "failed: " in text and "\nlines" not in text
+    )
+
+
 def test_outputs_beside_the_recordings_are_not_separated_again(separate, talks):
     n_files = len(contents(talks))
     for done in ("4 separated", "4 done before"):

@@ -1,5 +1,6 @@
 """`Sepformer` is SepFormer: it loads and computes what SpeechBrain's does, and keeps less of it."""
 
+import inspect
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from asteroid_tiny.cost import saved_bytes
 
 pytest.importorskip("speechbrain")
 from speechbrain.inference.separation import SepformerSeparation
+from speechbrain.lobes.models.dual_path import Dual_Path_Model
 from speechbrain_peer import write_folder
 
 SMALL = dict(num_layers=2, d_ffn=64, K=50)
@@ -75,6 +77,19 @@ MISFITS = {
     "another stack": (text_in("path.SBTransformerBlock", "path.SBRNNBlock"), "SBTransformerBlock"),
     "no skip": (text_in("skip_around_intra: true", "skip_around_intra: false"), "skip_around"),
     "post-norm": (text_in("norm_before: true", "norm_before: false"), "norm_before is False"),
+    "another activation": (
+        text_in("norm_before: true", "norm_before: true\n  activation: gelu"),
+        "activation is 'gelu'",
+    ),
+    "another attention": (
+        text_in("norm_before: true", "norm_before: true\n  attention_type: RelPosMHAXL"),
+        "attention_type is 'RelPosMHAXL'",
+    ),
+    "positions of chunks": (
+        text_in("skip_around", "use_global_pos_enc: true\n  skip_around"),
+        "use_global_pos_enc is True",
+    ),
+    "default of norm_before": (text_in("  norm_before: true\n", ""), "norm_before is False"),
     "linear layers": (text_in("  linear_layer_after_inter_intra: false\n", ""), "linear_layer"),
     "no positions": (text_in("use_positional_encoding: true", "x: 1"), "use_positional_encoding"),
     "norm": (text_in("norm: ln", "norm: bn"), "norm is 'bn'"),
@@ -103,6 +118,24 @@ def test_what_does_not_fit_is_one_sentence(misfit, small_folder, tmp_path, refus
         return Sepformer.from_speechbrain(folder)
     with refused(folder, words):
         Sepformer.from_speechbrain(folder)
+
+
+def test_two_kinds_of_stacks_with_other_heads_are_refused(small_folder, tmp_path, refused):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("nhead: 8", "nhead: 4", 1))
+    with refused(folder, "differ in their heads"):
+        Sepformer.from_speechbrain(folder)
+
+
+def test_what_the_yaml_leaves_out_is_as_speechbrain_has_it(small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    for line in ("  K: 50\n", "  norm: ln\n"):
+        text_in(line, "")(folder)
+    defaults = inspect.signature(Dual_Path_Model).parameters
+    masker = Sepformer.from_speechbrain(folder).masker
+    assert masker.chunk_size == defaults["K"].default
+    assert defaults["norm"].default == "ln" and masker.norm.norm_type == "gLN"
 
 
 def test_tags_in_the_yaml_are_not_executed(small_folder, tmp_path, refused):

@@ -14,6 +14,7 @@ from small import small
 
 from asteroid_tiny import TinySepformer, average, example_mixture, from_pretrained
 from asteroid_tiny.config import PATHS, read_conf
+from asteroid_tiny.preparation import open_list
 from asteroid_tiny.recipe import (
     build_model,
     evaluate_model,
@@ -88,6 +89,30 @@ def test_a_training_goes_on_without_the_weights_that_it_began_with(make_run, tmp
     (exp_dir / "best_model.pth").unlink()  # as if it had been stopped before
     train_model(exp_dir, settings)
     assert (exp_dir / "best_model.pth").exists()
+
+
+def test_what_is_evaluated_is_the_trained_model_on_the_test_list(make_run, monkeypatch, refused):
+    (exp_dir, settings), seen = make_run(), []
+    with refused("best_model.pth is missing; run stage 2 (to its end) first"):
+        evaluate_model(exp_dir, settings)
+    model = build_model(settings)
+    model.save(exp_dir / "best_model.pth")
+
+    class Seen(Exception):
+        pass
+
+    def evaluate(*args, **_):
+        seen[:] = args
+        raise Seen
+
+    monkeypatch.setattr("asteroid_tiny.evaluation.evaluate", evaluate)
+    with pytest.raises(Seen):
+        evaluate_model(exp_dir, settings)
+    trained, mixtures, folder = seen
+    assert folder == exp_dir / "results" and not trained.training
+    assert torch.equal(next(trained.parameters()), next(model.parameters()))
+    valid, test = (open_list(exp_dir, settings, split).mixtures for split in ("valid", "test"))
+    assert mixtures.mixtures == test != valid
 
 
 def test_models_of_one_window_are_averaged_and_of_two_refused(refused):

@@ -205,6 +205,16 @@ def test_three_speakers_who_change_places_in_a_ring_are_put_back_by_the_overlaps
         np.testing.assert_array_equal(agreement[before][:, after], same)
 
 
+def test_of_two_halves_that_disagree_one_changes_places_and_not_both_at_once():
+    tracker, rounds = SpeakerTracker(2, RATE), []
+    change = tracker._change
+    tracker._change = lambda *args: rounds.append(args) or len(rounds) < 9 and change(*args)
+    nothing = np.zeros((2, 2))
+    found = _halves(tracker, [nothing, nothing, np.eye(2)[::-1], nothing])
+    assert len(rounds) < 9, "it would never end"
+    np.testing.assert_array_equal(found[1], found[2, ::-1])
+
+
 def test_the_start_of_a_long_recording_is_put_right():
     agreements = [np.eye(2)] * 400
     agreements[3] = np.eye(2)[::-1]

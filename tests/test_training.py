@@ -4,10 +4,12 @@ import csv
 import errno
 import math
 import os
+import random
 import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import soundfile as sf
@@ -15,6 +17,7 @@ import torch
 from sounds import RATE, peak_frequency, tone
 
 from asteroid_tiny import TinySepformer, UserError, training
+from asteroid_tiny.checkpointing import RandomStates, WholeCheckpoints
 from asteroid_tiny.config import read_conf
 from asteroid_tiny.data import MixtureList, SpeechDir, draw_list, write_list
 from asteroid_tiny.report import write_curves
@@ -192,6 +195,19 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(speech, valid, tmp_p
         torch.testing.assert_close(ends[1]["state_dict"][key], value, rtol=1e-4, atol=1e-6)
     assert list((tmp_path / "broken" / "logs").glob("*/metrics.csv"))
     assert list((tmp_path / "broken" / "logs").glob("*/events.*"))
+
+
+def test_the_states_of_all_random_generators_come_back(tmp_path):
+    def draw():
+        return random.gauss(0, 1), np.random.normal(), torch.rand(1).item()
+
+    draw()
+    WholeCheckpoints().save_checkpoint(RandomStates().state_dict(), tmp_path / "states.ckpt")
+    drawn = draw()
+    assert not set(draw()) & set(drawn)
+    states = WholeCheckpoints().load_checkpoint(tmp_path / "states.ckpt")
+    RandomStates().load_state_dict(states)
+    assert draw() == drawn
 
 
 def test_a_training_stopped_by_ctrl_c_says_how_it_goes_on(

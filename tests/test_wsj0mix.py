@@ -165,11 +165,20 @@ def test_a_missing_source_is_named(copy, prepared, refused):
         prepared(speech=str(copy))
 
 
+def rename_speaker(part, old, new):
+    for path in list(part.glob(f"*/*{old}*")):
+        path.rename(path.with_name(path.name.replace(old, new)))
+
+
 def test_a_speaker_of_tt_who_is_in_tr_is_refused(copy, prepared, refused):
-    part = copy / "2speakers" / "wav8k" / "min" / "tt"
-    for path in list(part.glob("*/050*")):
-        path.rename(path.with_name(path.name.replace("050", "011")))
+    rename_speaker(copy / "2speakers" / "wav8k" / "min" / "tt", "050", "011")
     with refused("speaker '011' is in train and in test"):
+        prepared(speech=str(copy))
+
+
+def test_a_speaker_of_tt_who_is_in_cv_alone_is_refused(copy, prepared, refused):
+    rename_speaker(copy / "2speakers" / "wav8k" / "min" / "cv", "011", "050")
+    with refused("speaker '050' is in valid and in test"):
         prepared(speech=str(copy))
 
 

@@ -160,9 +160,10 @@ class SpeechDir:
             wanted = self.recorded_rate or sample_rate or info.samplerate
             may_be_higher = convert and not self.recorded_rate
             if info.samplerate != wanted and not (may_be_higher and info.samplerate > wanted):
+                mend = f"take a model of {info.samplerate} Hz" if convert else "set sample_rate"
                 raise UserError(
                     f"{wav} has {info.samplerate} Hz where {wanted} Hz are needed; resample it or "
-                    "set sample_rate"
+                    f"{mend}"
                 )
             self.recorded_rate = info.samplerate
             lengths[recording] = info.frames

@@ -20,7 +20,7 @@ from scipy.signal import butter, sosfilt, sosfilt_zi
 
 from ..data.kaldi import NO_LENGTH, check_finite, check_whole
 from ..errors import UserError, printable
-from ..files import reason, whole_file
+from ..files import flush, reason, whole_file
 from .levels import RUMBLE
 
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
@@ -329,6 +329,7 @@ def write_tracks(targets, make_pieces, sample_rate, peak=None):
             file.close()  # before the first of them takes its place
         for part, target in zip(parts, targets):
             _check_written(part, target, n_samples)
+            flush(part)  # now, as the files take their places one after the other
     return gain, (10 * np.log10((energy.max() + SILENCE) / (energy + SILENCE))).tolist()
 
 

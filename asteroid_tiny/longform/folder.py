@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, without_codes
 from ..files import reason, sweep
 from ..inspection import DEFAULT, default_for, find_device, made_for, open_model
 from .audio import FFMPEG_SUFFIXES, check_peak, open_recording
@@ -79,7 +79,7 @@ def separate_all(
         raise UserError(f"there are no recordings in {', '.join(files)}")
     recordings = [path for path in found if not _is_output(path, out, found)]
     for path in [path for path in found if path not in recordings]:
-        print(f"  {path}: left out, an output of an earlier run")
+        print(without_codes(f"  {path}: left out, an output of an earlier run"))
     sweep(out)
     for path in recordings:
         told = None
@@ -95,7 +95,8 @@ def separate_all(
             if is_done(targets, path, force, sums=not no_mixture_consistency):
                 n_before += 1
                 written[targets[0]] = path
-                print(f"  {path}: done before, {targets[0]} is there (--force writes anew)")
+                there = f"done before, {targets[0]} is there (--force writes anew)"
+                print(without_codes(f"  {path}: {there}"))
                 continue
             done = _separate_one(network, path, targets, options)
             written[targets[0]] = path
@@ -113,14 +114,15 @@ def separate_all(
             told = f"{os.fsencode(path)!r}: the name is not UTF-8; rename it"
         if told is not None:
             failed.append(path)
-            print(f"error: {told}", file=sys.stderr)
+            print(without_codes(f"error: {told}"), file=sys.stderr)
             continue
         seconds += done["seconds"]
-        print(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}")
+        print(without_codes(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}"))
     n_done = len(recordings) - n_before - len(failed)
     took = time.monotonic() - began
+    names = without_codes(f": {', '.join(map(str, failed))}") if failed else ""
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
-          f"{len(failed)} failed{': ' if failed else ''}{', '.join(map(str, failed))}")  # fmt: skip
+          f"{len(failed)} failed{names}")  # fmt: skip
     return len(failed)
 
 
