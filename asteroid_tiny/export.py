@@ -5,7 +5,6 @@ A file is checked against its model before it is kept, and says in its metadata 
 
 import contextlib
 import copy
-import functools
 import json
 import logging
 import textwrap
@@ -20,7 +19,7 @@ import torch
 from .errors import UserError, printable
 from .files import whole_file
 from .hub import example_mixture
-from .models import Sepformer, separate_by
+from .separable import Separable
 from .weights import told
 
 LENGTHS = (8000, 12345, 24001, 40000)  # samples at which a file is checked
@@ -245,7 +244,7 @@ def real_mixture(sample_rate):
     return torch.from_numpy(soxr.resample(samples, rate, sample_rate))
 
 
-class OnnxSeparator(torch.nn.Module):
+class OnnxSeparator(Separable, torch.nn.Module):
     """A model in an ONNX file, used like one of PyTorch.
 
     Args:
@@ -314,15 +313,6 @@ class OnnxSeparator(torch.nn.Module):
         rows = [self.session.run(None, {"mixture": row[None].numpy()})[0] for row in padded]
         estimates = torch.from_numpy(np.concatenate(rows))[..., : mixture.shape[-1]]
         return estimates[0] if mixture.ndim == 1 else estimates
-
-    def separate(self, wav, output_dir=None, *args, **kwargs):
-        """Separates a file or signals, as `Sepformer.separate` does."""
-        from asteroid import separate
-
-        by = functools.partial(separate.separate, self)
-        return separate_by(by, wav, output_dir, *args, **kwargs)
-
-    forward_wav = Sepformer.forward_wav  # what Asteroid's `separate` calls
 
 
 def _told(text):

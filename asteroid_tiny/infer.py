@@ -1,6 +1,5 @@
 """Asteroid's command asteroid-infer, for models of Asteroid and of this package alike."""
 
-import functools
 import sys
 import warnings
 from pathlib import Path
@@ -9,12 +8,12 @@ from types import SimpleNamespace
 from asteroid.dsp import LambdaOverlapAdd
 from asteroid.models import BaseModel
 from asteroid.scripts import asteroid_cli
-from asteroid.separate import separate
 from asteroid.utils.hub_utils import MODELS_URLS_HASHTABLE, SR_HASHTABLE
 
 from .errors import UserError
 from .hub import locate
-from .models import Sepformer, TinySepformer, from_pretrained, separate_by
+from .models import Sepformer, TinySepformer, from_pretrained
+from .separable import Separable, separate
 from .weights import open_stored
 
 
@@ -31,7 +30,7 @@ def infer(argv):
     ours = {
         "BaseModel": SimpleNamespace(from_pretrained=_load_any),
         "LambdaOverlapAdd": _overlap_add,
-        "separate": _separate,
+        "separate": separate,
     }
     theirs, words = {name: getattr(asteroid_cli, name) for name in ours}, sys.argv
     vars(asteroid_cli).update(ours)  # all else is left to it
@@ -50,18 +49,13 @@ def infer(argv):
         sys.argv = words
 
 
-class _OverlapAdd(LambdaOverlapAdd):
-    forward_wav = Sepformer.forward_wav  # with its checks
+class _OverlapAdd(Separable, LambdaOverlapAdd):
+    """With the checks of our models."""
 
 
 def _overlap_add(nnet, window, **options):
     """Asteroid's overlap-add, its default window by SciPy's name."""
     return _OverlapAdd(nnet, window="hann" if window == "hanning" else window, **options)
-
-
-def _separate(model, path, output_dir=None, **options):
-    """Asteroid's, which makes no folder."""
-    return separate_by(functools.partial(separate, model), path, output_dir, **options)
 
 
 def _load_any(pretrained_model_conf_or_path):

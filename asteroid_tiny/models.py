@@ -5,7 +5,6 @@ Both are an Asteroid filterbank around a `DualPathMasker`; they differ in the la
 """
 
 import functools
-import os
 
 import asteroid
 import numpy as np
@@ -15,16 +14,16 @@ from torch.nn import functional as F
 
 from . import speechbrain
 from .errors import UserError
-from .files import make_folder
 from .filterbanks import build_filterbank
 from .hub import locate
 from .layers import ConvAttentionLayer, TransformerLayer
 from .linear import is_traced
 from .masker import DualPathMasker
+from .separable import Separable
 from .weights import build, check_numbers, from_dict, open_stored, save_whole, write_pair
 
 
-class _DualPathModel(BaseEncoderMaskerDecoder):
+class _DualPathModel(Separable, BaseEncoderMaskerDecoder):
     """What the two models have in common: filterbank, masker, presets, arguments that round-trip.
 
     Args:
@@ -120,40 +119,6 @@ class _DualPathModel(BaseEncoderMaskerDecoder):
         short = self.encoder.filterbank.kernel_size - wav.shape[-1]
         # max(short, 0) without a branch, so that a traced model serves other lengths
         return super().forward_encoder(F.pad(wav, (0, (short + abs(short)) // 2)))
-
-    def forward_wav(self, wav, *args, **kwargs):
-        """As `forward`, for samples of any type; Asteroid's `separate` calls it.
-
-        Raises:
-            UserError: If the mixture holds samples that are NaN or infinite.
-        """
-        wav = wav.to(getattr(next(self.parameters(), None), "dtype", torch.float32))
-        if not wav.isfinite().all():
-            raise UserError("the mixture holds samples that are NaN or infinite")
-        estimates = self(wav, *args, **kwargs)
-        if not estimates.any():  # of silence: `separate` divides by their sum
-            estimates = estimates + torch.finfo(estimates.dtype).tiny
-        return estimates.float() if estimates.dtype.itemsize < 4 else estimates
-
-    def separate(self, wav, output_dir=None, *args, **kwargs):
-        """Separates one signal, as `asteroid.separate.separate`.
-
-        Args:
-            wav (str, Path, np.ndarray or torch.Tensor): A file, whose estimates are written beside
-                it or to `output_dir`, or signals.
-            output_dir (str or Path, optional): Where to; it is made if there is none.
-            *args, **kwargs: Asteroid's, such as `force_overwrite` and `resample`.
-
-        Returns:
-            np.ndarray or torch.Tensor: The estimates of signals, of a file None.
-
-        Shape:
-            (time,) -> (n_src, time), (1, time) or (batch, 1, time) -> (batch, n_src, time).
-
-        Raises:
-            UserError: If the folder cannot be made, or samples are NaN or infinite.
-        """
-        return separate_by(super().separate, wav, output_dir, *args, **kwargs)
 
     def get_model_args(self):
         """Arguments that build the same model again (dict)."""
@@ -404,21 +369,6 @@ class TinySepformer(_DualPathModel):
 def _subclasses(cls):
     """All classes that are derived from one, however remotely."""
     return [c for child in cls.__subclasses__() for c in (child, *_subclasses(child))]
-
-
-def separate_by(separate, wav, output_dir, *args, **kwargs):
-    """By Asteroid's `separate`, which takes no `Path`, no (time,), and of 16 bits wrong sums."""
-    if output_dir is not None:
-        make_folder(output_dir)
-    if isinstance(wav, np.ndarray):
-        wav = torch.from_numpy(np.ascontiguousarray(wav))
-        return separate_by(separate, wav, None, *args, **kwargs).numpy()
-    if isinstance(wav, torch.Tensor):
-        wav = wav if wav.dtype == torch.float64 else wav.float()
-        estimates = separate(wav[None] if wav.ndim == 1 else wav, None, *args, **kwargs)
-        return estimates[0] if wav.ndim == 1 else estimates
-    wav = str(wav) if isinstance(wav, os.PathLike) else wav
-    return separate(wav, output_dir, *args, **kwargs)
 
 
 def _plain(value):
