@@ -249,7 +249,8 @@ class RepeatedMixtures(EndlessMixtures):
 
     def _item(self, rng, index, attempt):
         n_passes, place = divmod(index + attempt, len(self.mixtures))
-        order = np.random.default_rng([self.seed, n_passes, 0, 1]).permutation(len(self.mixtures))
+        rng_of_pass = np.random.default_rng([self.seed, n_passes, 0, 1])  # which is no item's
+        order = rng_of_pass.permutation(len(self.mixtures))
         mixture = self.mixtures[order[place]]
         sources = [s._replace(speed=int(rng.choice(self.speeds))) for s in mixture.sources]
         signals = render(self.speech, mixture._replace(sources=tuple(sources)), self.noises)
