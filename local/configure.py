@@ -1,12 +1,24 @@
 """Checks the options, settles the settings of a run, and prints the folder that holds them."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_conf, read_recipe
-from asteroid_tiny.errors import UserError, exit_on_user_error
-
 ROOT = Path(__file__).resolve().parent.parent
+try:
+    from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_conf, read_recipe
+    from asteroid_tiny.errors import UserError, exit_on_user_error
+    from asteroid_tiny.preparation import check_options
+    from asteroid_tiny.recipe import build_model, without_foreign_start
+
+    for package in ("pytorch-lightning", "pb_bss_eval"):  # of later stages; they take a while
+        version(package)
+except (ImportError, OSError) as error:  # the latter of libraries that do not fit together
+    sys.stderr.write(
+        f"error: {sys.executable} lacks packages ({str(error).splitlines()[0]}); "
+        f"run: {sys.executable} -m pip install -e '{ROOT}'\n"
+    )
+    sys.exit(2)
 
 
 def main(recipe, tag, *options):
@@ -27,9 +39,6 @@ def main(recipe, tag, *options):
         if here.exists() or (key != "init_from" and not in_recipe.exists()):
             given[key] = str(here)
     settings = merge(defaults, given, "options")
-    from asteroid_tiny.preparation import check_options  # late: they need torch
-    from asteroid_tiny.recipe import build_model, without_foreign_start
-
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag

@@ -93,6 +93,13 @@ def test_bad_options_get_one_sentence(options, words, tag):
     assert words in refusal(*(tag if option == "TAG" else option for option in options))
 
 
+def test_a_python_without_the_packages_is_told_what_to_install(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    bare = tmp_path / "bare" / "bin" / "python"
+    line = refusal("--python_path", str(bare))
+    assert f"{bare} lacks packages (No module named 'numpy'); run: {bare} -m pip" in line
+
+
 def test_stages_from_speech_to_results(tag):
     done = run("--stage", "0", "--stop_stage", "4", "--tag", tag, *SHORT)
     assert done.returncode == 0, done.stderr
@@ -117,7 +124,7 @@ def test_stages_from_speech_to_results(tag):
         assert words in " ".join(card.split())
 
     kept = {path: path.stat().st_mtime_ns for path in exp.rglob("*.pth")}
-    again = run("--tag", tag)  # each stage says that it is done, and does nothing
+    again = run("--stage", "2", "--tag", tag)  # each says that it is done, and does nothing
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") >= 2
     assert kept == {path: path.stat().st_mtime_ns for path in exp.rglob("*.pth")}
@@ -147,7 +154,7 @@ def test_a_killed_run_continues_and_ends_alike(tag, little_speech):
         process.wait()
         assert not (EXP / killed / "best_model.pth").exists()
         assert torch.load(last, weights_only=True)["global_step"] < 30
-        done = run("--stop_stage", "2", "--tag", killed, *options)
+        done = run("--stage", "2", "--stop_stage", "2", "--tag", killed, *options)
         assert done.returncode == 0, done.stderr
         ends = [
             torch.load(EXP / name / "checkpoints" / "last.ckpt", weights_only=True)

@@ -159,6 +159,7 @@ def test_it_can_be_stored_as_a_model_of_this_package(small_folder, tmp_path):
         assert torch.equal(twin(mixture), model(mixture))
 
 
+@pytest.mark.slow
 def test_less_is_kept_for_backward_than_speechbrain_keeps():
     n_samples = 16000  # of which the chunks are more than the taps of the convolution
     peer = saved_bytes(build_peer("speechbrain-sepformer"), n_samples)
