@@ -117,6 +117,18 @@ def test_a_time_is_that_of_the_run_with_the_least_cpu_time(monkeypatch, seconds,
     assert measure.timed(run) == {"cpu_s": cpu, "wall_s": wall, "n_runs": n_runs}
 
 
+def test_a_training_step_changes_all_weights():
+    model = small().train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    measure.training_step(model)(torch.randn(1, 800))
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_the_rate_of_a_product_is_of_its_multiplications_and_additions(monkeypatch):
+    monkeypatch.setattr(measure, "timed", lambda run, at_least: {"cpu_s": 2.0})
+    assert measure.matrix_rate("float32", 8)["flops"] == 512
+
+
 def test_what_would_take_too_much_is_not_tried(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0)
     lengths, waste = [0.5, 1, 20], lambda mixture: lambda: torch.randn(mixture.shape[1], 4000)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recipes import prepare
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from asteroid_tiny import Sepformer
 from asteroid_tiny.bench import comparison, peers
@@ -22,9 +24,10 @@ from asteroid_tiny.bench.comparison import (
     choose,
     compare,
     format_comparison,
+    train_apart,
     train_contender,
 )
-from asteroid_tiny.bench.milestones import improvements
+from asteroid_tiny.bench.milestones import Meter, Points, improvements
 from asteroid_tiny.data import MixtureList
 from asteroid_tiny.evaluation import measure, separate
 from asteroid_tiny.preparation import open_list
@@ -159,9 +162,132 @@ def test_points_of_both_budgets(fresh):
     assert re.match(r"CPU \(.+\), \d+ thread", result["device"])
 
 
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_then_stays(fresh):
+    exp_dir, settings = fresh
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    train_contender(exp_dir, {**settings, "budget_steps": 20, "budget_points": 1}, "base")
+    hook.remove()
+    assert rates == pytest.approx([settings["lr"] * share for share in [0.5] + [1.0] * 19])
+
+
+def test_a_training_that_is_done_gives_its_result_again_and_takes_no_step(fresh):
+    exp_dir, settings = fresh
+    train_contender(exp_dir, settings, "base")
+    result = result_of(exp_dir, "base")
+    (exp_dir / "comparison" / "base" / "result.json").unlink()
+    train_contender(exp_dir, settings, "base")
+    assert result_of(exp_dir, "base") == result
+
+
+def test_a_budget_of_time_is_read_where_it_was_used_first():
+    settings = dict(budget_steps=10, budget_minutes=1.0, budget_points=2)
+    times = [(4, 30.5), (5, 40.0), (8, 60.5), (10, 75.0)]
+    result = {"points": [{"steps": steps, "seconds": seconds} for steps, seconds in times]}
+    at_steps, in_time = budget_points(result, settings)
+    assert [point["steps"] for point in at_steps] == [5, 10] and in_time["steps"] == 8
+    assert budget_points(result, {**settings, "budget_minutes": 0.0}) == (at_steps, None)
+
+
+class Device:
+    """In place of a `Meter`: steps take 1, 2 and 4 s, what is between them takes 100 s."""
+
+    name = "a GPU"
+
+    def __init__(self, device=None):
+        self.times, self.held = iter([0, 1, 101, 103, 203, 207]), 5
+
+    def seconds(self):
+        return next(self.times)
+
+    def memory(self):
+        return self.held
+
+    def reset(self):
+        self.held = 5
+
+
+def points_of(monkeypatch, at_steps, minutes, batches):
+    """Points of a training of three steps, what they tell, and after which steps it would end."""
+    monkeypatch.setattr("asteroid_tiny.bench.milestones.Meter", Device)
+    points = Points([], dict(budget_points=2, budget_minutes=minutes), at_steps)
+    trainer = SimpleNamespace(global_step=0, default_root_dir="here")
+    measured, ends = [], []
+
+    def add_point(trainer, system):
+        measured.append(trainer.global_step)
+        points.meter.held = 900  # of the validation
+
+    points.add_point = add_point
+    points.on_train_start(trainer, SimpleNamespace(device=None))
+    for step, batch in enumerate(batches, 1):
+        points.on_train_batch_start(trainer, None, (torch.tensor(batch), None), step)
+        trainer.global_step = step
+        points.on_train_batch_end(trainer, None, None, None, step)
+        ends += [step] * trainer.should_stop
+    return points, measured, ends
+
+
+def test_time_and_memory_are_those_of_the_steps_alone(monkeypatch):
+    points, measured, ends = points_of(monkeypatch, {2}, 0.1, [1.0, 2.0, 3.0])
+    assert measured == [2, 3] and ends == [3]  # 6 s are used in the third step
+    assert points.state["seconds"] == 7
+    assert points.result()["step_seconds"] == 2 and points.result()["step_memory"] == 5
+    _, measured, ends = points_of(monkeypatch, {1, 3}, 0.0, [1.0, 2.0, 3.0])
+    assert measured == [1, 3] and ends == [3]
+
+
+def test_the_name_of_the_batches_is_of_all_so_far(monkeypatch):
+    names = {
+        points_of(monkeypatch, {3}, 0.0, batches)[0].state["batches"]
+        for batches in ([1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 2.0, 3.0])
+    }
+    assert len(names) == 2
+
+
+def test_a_training_goes_on_on_the_device_where_it_was_begun(monkeypatch, refused):
+    points, *_ = points_of(monkeypatch, {3}, 0.0, [1.0])
+    monkeypatch.setattr(Device, "name", "another GPU")
+    with refused("here was begun on a GPU, not on another GPU"):
+        points.on_train_start(
+            SimpleNamespace(default_root_dir="here"), SimpleNamespace(device=None)
+        )
+
+
+def test_a_meter_counts_work_and_what_is_held_beyond_the_beginning():
+    meter = Meter(torch.device("cpu"))
+    began, before = meter.seconds(), meter.memory()
+    time.sleep(0.1)
+    assert meter.seconds() - began < 0.05
+    held = torch.ones(25_000_000)
+    assert before < 30e6 and 95e6 < meter.memory() < 130e6
+    del held
+    assert meter.memory() > 95e6
+    meter.reset()
+    assert meter.memory() < 30e6
+
+
+@pytest.mark.parametrize("exitcode, words", [(-signal.SIGKILL, "ended by SIGKILL"), (0, None)])
+def test_a_contender_that_was_ended_is_named_and_an_old_error_goes(
+    fresh, monkeypatch, exitcode, words
+):
+    exp_dir, settings = fresh
+    process = SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=exitcode)
+    context = SimpleNamespace(Process=lambda **_: process)
+    monkeypatch.setattr(comparison.multiprocessing, "get_context", lambda _: context)
+    error = exp_dir / "comparison" / "base" / "error.txt"
+    error.parent.mkdir(parents=True)
+    error.write_text("an old error")
+    train_apart(exp_dir, settings, "base")
+    assert words in error.read_text() if words else not error.exists()
+
+
 def test_si_sdri_is_that_of_the_evaluation(run):
     exp_dir, settings = run
-    valid, model = open_list(exp_dir, settings, "valid"), build_contender("base", settings)
+    valid = open_list(exp_dir, settings, "valid")
+    model = build_contender("base", {**settings, "dropout": 0.5})
     assert isinstance(valid, MixtureList)
     values = improvements(model, valid, settings)
     assert model.training

@@ -268,9 +268,28 @@ def test_recordings_whose_lengths_are_told_are_checked_when_they_are_read(
         speech.read("ben")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(make_dir):
+def test_told_lengths_are_of_utterances_and_not_of_recordings_that_are_cut(make_dir):
+    tables = {
+        "segments": "anna anna 0 1\nben ben 0 1\nben-2 ben 1 3\n",
+        "utt2spk": "anna anna\nben ben\nben-2 ben\n",
+        "utt2num_samples": "anna 8000\nben 8000\nben-2 16000\n",
+    }
+    speech = SpeechDir(make_dir({"anna": NOISE, "ben": NOISE}, tables=tables))
+    assert np.array_equal(speech.read("ben-2"), NOISE[8000:24000] / 32768)
+
+
+def test_what_a_codec_makes_louder_than_full_scale_is_clipped(make_dir):
+    square = np.where(np.arange(RATE) // 40 % 2, 1.0, -1.0)
+    folder = make_dir({"loud": square}, suffix="ogg")
+    decoded, _ = sf.read(folder / "loud.ogg")
+    assert np.abs(decoded).max() > 1.05
+    samples = SpeechDir(folder).read("loud")
+    np.testing.assert_allclose(samples, decoded.clip(-1, 1 - 2**-15), atol=0.51 / 32768)
+
+
+def test_a_byte_order_mark_and_ends_of_lines_are_no_part_of_a_table(make_dir):
     folder = make_dir({"anna": NOISE})
-    (folder / "spk2gender").write_text("anna f\n", encoding="utf-8-sig")
+    (folder / "spk2gender").write_bytes("\ufeffanna f \r\n".encode())
     assert SpeechDir(folder).spk2gender == {"anna": "f"}
 
 

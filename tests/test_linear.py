@@ -67,9 +67,15 @@ def test_a_model_computes_the_same_without_onednn(model_class):
     results = []
     for enabled in (True, False):
         with torch.backends.mkldnn.flags(enabled=enabled):
+            assert by_onednn(x) == enabled
             y = model(x)
             results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
     assert all((a - b).norm() <= 1e-4 * b.norm() + 1e-6 for a, b in zip(*results, strict=True))
+
+
+def test_autocast_decides_in_which_type_a_linear_layer_multiplies():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(24, 48)(torch.randn(5, 24)).dtype == torch.bfloat16
 
 
 def test_operations_are_counted_alike_with_and_without_onednn():

@@ -87,7 +87,7 @@ def test_a_share_of_the_training_mixtures_is_heard_so(valid_speech, way):
 
 def test_noise_has_its_level_and_falls_from_low_to_high_frequencies():
     mixture = torch.from_numpy(tone(440, 4.0) / 32768).float()
-    slopes, swells = [], []
+    slopes, swells, rumbles = [], [], []
     for seed in range(40):
         noise = noise_for(mixture, np.random.default_rng(seed), RATE, 12.0).numpy()
         assert noise.shape == mixture.shape and noise.dtype == np.float32
@@ -95,10 +95,13 @@ def test_noise_has_its_level_and_falls_from_low_to_high_frequencies():
         frequencies, power = welch(noise, RATE, nperseg=1024)
         used = (frequencies > 60) & (frequencies < 3900)
         octaves, decibels = np.log2(frequencies[used]), 10 * np.log10(power[used])
+        low, less_low = (welch(noise, RATE, nperseg=4000)[1][k : k + 4].mean() for k in (3, 20))
+        rumbles.append(10 * np.log10(low / less_low))  # 6 to 12 Hz, 40 to 46 Hz
         slopes.append(np.polyfit(octaves, decibels, 1)[0])
         swells.append(np.std([level(part) for part in noise.reshape(8, -1)]))
     assert -10 < min(slopes) < -5 and 0 < max(slopes) < 4 and -4.5 < np.mean(slopes) < -1.5
     assert min(swells) < 1 and 2 < max(swells) < 6
+    assert abs(np.mean(rumbles)) < 2, "flat below 50 Hz"
 
 
 def test_silence_and_single_samples_take_noise():
@@ -205,7 +208,7 @@ def recordings(tmp_path):
     folder = tmp_path / "noises"
     (folder / "street").mkdir(parents=True)
     low, high = tone(500, 0.7), tone(1000, 2.1)
-    sf.write(folder / "low.flac", np.stack([low, 0 * low], axis=-1), RATE)
+    sf.write(folder / "low.FLAC", np.stack([low, 0 * low], axis=-1), RATE)
     sf.write(folder / "street" / "high.wav", high, 2 * RATE)  # there it is of 2000 Hz
     sf.write(folder / "street" / "silence.wav", np.zeros(RATE), RATE)
     (folder / "notes.txt").write_text("no noise")
@@ -255,8 +258,23 @@ def test_noise_is_of_any_place_in_a_recording_and_what_is_empty_is_left_out(tmp_
     sf.write(tmp_path / "two.wav", np.concatenate([tone(500), tone(1000)]), RATE)
     sf.write(tmp_path / "empty.wav", np.zeros(0), RATE)
     noise, rng = RecordedNoise(tmp_path), np.random.default_rng(0)
-    drawn = [noise.draw(4000, rng, RATE) for _ in range(30)]
-    assert {500, 1000} <= {round(peak_frequency(samples), -1) for samples in drawn}
+    drawn = [round(peak_frequency(noise.draw(4000, rng, RATE)), -1) for _ in range(30)]
+    assert {500, 1000} <= set(drawn)
+
+
+def test_short_recordings_are_drawn_as_rarely_as_they_are_short(tmp_path):
+    sf.write(tmp_path / "long.wav", tone(500, 9.0), RATE)
+    sf.write(tmp_path / "short.wav", tone(1000, 0.5), RATE)
+    noise, rng = RecordedNoise(tmp_path), np.random.default_rng(0)
+    drawn = [round(peak_frequency(noise.draw(4000, rng, RATE)), -1) for _ in range(40)]
+    assert drawn.count(1000) < 8
+
+
+@pytest.mark.parametrize("length", [1, 3, 4001])
+def test_noise_of_half_the_rate_is_as_long_as_asked(tmp_path, length):
+    sf.write(tmp_path / "noise.wav", tone(500), RATE)
+    noise = RecordedNoise(tmp_path).draw(length, np.random.default_rng(0), 2 * RATE)
+    assert noise.shape == (length,)
 
 
 def test_all_channels_of_a_recording_are_heard(tmp_path):

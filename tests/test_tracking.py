@@ -1,13 +1,32 @@
 """Who is who in long recordings: speakers keep their places, by overlaps and by voices."""
 
+import itertools
+
 import numpy as np
 import pytest
 from conversations import RATE, Oracle, conversation, ours, peer, streamed, wrong_share
 
 from asteroid_tiny.longform import separate_long, separate_stream
 from asteroid_tiny.longform.blocks import cut
-from asteroid_tiny.longform.tracking import Part, SpeakerTracker
+from asteroid_tiny.longform.tracking import OVERLAP_WEIGHT, Part, SpeakerTracker
 from asteroid_tiny.longform.voices import FEATURES, SPREAD, Listener, each, pitch
+
+
+def test_links_are_what_the_overlaps_gain_where_a_stretch_changes_places():
+    tracker, same = SpeakerTracker(3, RATE), np.tile(np.arange(3), (6, 1))
+    agreements = np.random.default_rng(0).random((5, 3, 3))
+    begins, ends = tracker._links(agreements)
+
+    def total(orders):
+        pairs = zip(agreements, orders, orders[1:])
+        return OVERLAP_WEIGHT * sum(x[before, after].sum() for x, before, after in pairs)
+
+    for start, end in itertools.combinations(range(7), 2):
+        for k, permutation in enumerate(tracker.permutations[1:]):
+            orders = same.copy()
+            orders[start:end] = permutation
+            gain = total(orders) - total(same)
+            assert begins[start, k] + ends[end, k] == pytest.approx(gain)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +209,14 @@ def test_pitch_is_that_of_low_and_of_high_voices_also_in_noise(frequency):
 
 def _halves(tracker, agreements):
     """Halves of blocks of which no voice is heard, but the overlaps."""
+    change, rounds = tracker._change, []
+
+    def counted(*args):
+        rounds.append(args)
+        assert len(rounds) < 9, "it would never end"
+        return change(*args)
+
+    tracker._change = counted
     n_src = len(agreements[0])
     nothing = np.zeros((n_src, len(FEATURES))), np.zeros((n_src, sum(FEATURES)))
     tracker.halves = [Part(*nothing, agreement) for agreement in agreements]
@@ -206,12 +233,8 @@ def test_three_speakers_who_change_places_in_a_ring_are_put_back_by_the_overlaps
 
 
 def test_of_two_halves_that_disagree_one_changes_places_and_not_both_at_once():
-    tracker, rounds = SpeakerTracker(2, RATE), []
-    change = tracker._change
-    tracker._change = lambda *args: rounds.append(args) or len(rounds) < 9 and change(*args)
     nothing = np.zeros((2, 2))
-    found = _halves(tracker, [nothing, nothing, np.eye(2)[::-1], nothing])
-    assert len(rounds) < 9, "it would never end"
+    found = _halves(SpeakerTracker(2, RATE), [nothing, nothing, np.eye(2)[::-1], nothing])
     np.testing.assert_array_equal(found[1], found[2, ::-1])
 
 
