@@ -241,6 +241,7 @@ def _average_options(parser):
 @command("average", _average_options)
 def average(options):
     """Writes the model whose weights are the means of those of others."""
+    from .files import sweep
     from .hub import locate
     from .models import from_pretrained
     from .transfer import average
@@ -257,6 +258,7 @@ def average(options):
         about["licence"] = licences[0]
     if data[0] and data.count(data[0]) == len(told):
         about["training"] = {"data": data[0]}
+    sweep(options.out.parent)
     mean.save(options.out, **about)
     print(options.out)
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import textwrap
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ import soxr
 import torch
 
 from .errors import UserError, printable
-from .files import whole_file
+from .files import sweep, whole_file
 from .hub import example_mixture
 from .separable import Separable
 from .weights import told
@@ -58,6 +59,7 @@ def export_onnx(model, path, quantize=None, speech=None, about=None):
         raise UserError(f"quantize must be int8, not {quantize!r}")
     onnx = _import("onnx")
     model = copy.deepcopy(model).cpu().eval()
+    sweep(Path(path).parent)
     with whole_file(path) as part, quiet():
         save_fp32(model, part)
         outcome = {"largest_error": check_lengths(model, part)}
@@ -282,6 +284,7 @@ class OnnxSeparator(Separable, torch.nn.Module):
         if "sample_rate" not in facts and sample_rate is None:
             raise UserError(f"{path} does not say its sample rate; asteroid-tiny export writes it")
         self.facts, self.about = facts, _told(facts.get("about", "{}"))
+        self._arguments = (os.path.abspath(path), n_threads, sample_rate)
         self.in_channels = 1
         self.device = torch.device("cpu")
         names = [given.name for given in self.session.get_inputs()]
@@ -298,6 +301,9 @@ class OnnxSeparator(Separable, torch.nn.Module):
                 "give (1, n_src, time)"
             )
         self.n_src = shape[1]
+
+    def __reduce__(self):  # onnxruntime's sessions cannot be pickled
+        return type(self), self._arguments
 
     def forward(self, mixture):
         mixture = torch.as_tensor(mixture, dtype=torch.float32, device="cpu").detach()

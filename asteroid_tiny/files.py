@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import os
 import re
@@ -127,28 +126,58 @@ def whole_folder(path):
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had our number
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
-            if not path.exists():  # killed before the new one took its place
-                left.rename(path)
+        with _turn(path.parent):
+            _sweep_beside(path)
         part.mkdir()
         yield part
         for name in part.rglob("*"):
             if name.is_file():
                 flush(name)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        try:
-            part.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        with _turn(path.parent):
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            try:
+                part.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path} could not be written: {reason(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(folder):
+    """Lets one process after the other replace what is in a folder."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # the file system has no locks
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # processes forked meanwhile hold it, too
+            fcntl.flock(number, fcntl.LOCK_UN)
+        os.close(number)
+
+
+def _sweep_beside(path):
+    """Deletes what `whole_folder` left beside a folder when its process was killed.
+
+    Of parts those of an hour ago or more. The old folder comes back where there is no new one.
+    """
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+\.(part|old)")
+    for folder in path.parent.iterdir():
+        if not left.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError):  # another process was faster
+            if folder.suffix == ".old" and not path.exists():
+                folder.rename(path)
+            elif folder.suffix == ".old" or time.time() - folder.stat().st_mtime > AN_HOUR:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def reason(error):

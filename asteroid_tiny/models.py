@@ -96,6 +96,11 @@ class _DualPathModel(Separable, BaseEncoderMaskerDecoder):
             raise UserError(f"preset {name!r} is of {model_class.__name__}, not of {cls.__name__}")
         return model_class(**{**sizes, "n_src": n_src, "sample_rate": sample_rate, **overrides})
 
+    def forward(self, wav):
+        if not is_traced() and wav.ndim > 1 and not len(wav):  # Asteroid's decoders take none
+            return wav.new_zeros(0, self.n_src, wav.shape[-1])
+        return super().forward(wav)
+
     def forward_encoder(self, wav):
         """Encodes a mixture; one shorter than the filters is padded with zeros to their length.
 

@@ -81,13 +81,19 @@ def open_split(exp_dir, settings, split):
                 f"{first} is missing; if the corpus was moved, run again from --stage 0 with the "
                 "place where it is now"
             )
-    return SpeechDir(folder, settings["sample_rate"], convert=settings["corpus"] in LISTED)
+    return SpeechDir(folder, settings["sample_rate"], convert=_is_mixed_here(settings))
 
 
 def open_noise(exp_dir, settings, split):
     """The `NoiseDir` of a split, None if the recipe has no noise."""
     folder = speech_folder(exp_dir, settings) / f"{split}_noise"
-    return NoiseDir(folder, settings["sample_rate"], convert=True) if folder.is_dir() else None
+    convert = _is_mixed_here(settings)
+    return NoiseDir(folder, settings["sample_rate"], convert) if folder.is_dir() else None
+
+
+def _is_mixed_here(settings):
+    """Whether mixtures are made of LibriSpeech, at any rate; others have that of their folder."""
+    return settings["corpus"] == "librimix" and not settings["librimix_dir"]
 
 
 def speech_folder(exp_dir, settings):

@@ -17,7 +17,7 @@ import yaml
 
 from . import __version__, hub
 from .errors import UserError
-from .files import make_folder, reason, whole_folder
+from .files import LEFT, make_folder, reason, whole_folder
 from .summary import GROUP, METRICS, SPARE, UNITS, format_table
 from .weights import CONFIG, WEIGHTS, read_config, save_whole
 
@@ -141,8 +141,9 @@ def _checked_name(name):
 
 
 def is_published(folder):
-    """Whether a folder was written by `publish`, and holds nothing else."""
-    there = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+    """Whether a folder was written by `publish`, and holds nothing else but what a kill left."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    there = {name for name in names if not LEFT.fullmatch(name)}
     if not {CARD, CONFIG, WEIGHTS} <= there <= {*PUBLIC, PACKAGE}:
         return False
     try:

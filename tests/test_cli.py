@@ -1,6 +1,7 @@
 """The subcommands average, check, evaluate and export, as a user calls them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -33,7 +34,11 @@ def status(*argv):
 def test_average_writes_the_mean_of_models_of_one_kind(model, tmp_path, capsys):
     other, out = small(n_repeats=1), tmp_path / "mean.pth"
     other.save(tmp_path / "other.pth")
+    left = tmp_path / ".mean.deadbeef.9.part.pth"  # by a killed process
+    left.touch()
+    os.utime(left, (0, 0))
     main(["average", str(model), str(tmp_path / "other.pth"), "-o", str(out)])
+    assert not left.exists()
     first, mean = from_pretrained(model).state_dict(), from_pretrained(out).state_dict()
     second = other.state_dict()
     assert any(not torch.equal(first[key], second[key]) for key in first)

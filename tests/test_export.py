@@ -1,6 +1,8 @@
 """ONNX files: the same estimates as the model at any length, or no file."""
 
 import json
+import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -57,6 +59,23 @@ def test_a_file_separates_as_models_do(exported, speech, refused):
     assert separator(batch).shape == separator(batch[:, None]).shape == (2, 2, 20000)
     with refused("one channel, not 2"):
         separator(batch[None])
+
+
+def test_a_file_in_use_can_be_copied_to_another_process(exported):
+    separator = OnnxSeparator(exported[1], n_threads=1)
+    copied = pickle.loads(pickle.dumps(separator))
+    mixture = torch.randn(1, 800)
+    assert torch.equal(copied(mixture), separator(mixture)) and copied.facts == separator.facts
+
+
+def test_what_a_killed_export_left_is_swept(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(exported[1], part))
+    monkeypatch.setattr(export, "check_lengths", lambda *_: 0.0)
+    for name in (".model.deadbeef.9.part.onnx", ".model.deadbeef.9.part.int8.onnx"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    export_onnx(exported[0], tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_a_model_stays_in_training(exported):

@@ -166,6 +166,45 @@ def test_the_old_folder_of_a_killed_process_comes_back_until_a_new_one_is_whole(
     assert read_folder(tmp_path / "notes") == OLD and names(tmp_path) == ["notes"]
 
 
+def test_what_a_killed_process_left_beside_a_folder_goes_with_the_next_writing(tmp_path):
+    ours, others = (".notes.1.part", ".notes.2.old"), (".notes.3.part", ".notes.b.4.old")
+    for name in (*ours, *others, "notes"):
+        write_folder(tmp_path / name, OLD)
+    for name in (*ours, ".notes.b.4.old"):
+        os.utime(tmp_path / name, (0, 0))
+    with whole_folder(tmp_path / "notes") as part:
+        write_folder(part, NEW)
+    assert read_folder(tmp_path / "notes") == NEW
+    assert names(tmp_path) == sorted([*others, "notes"]), "one may be at work, one is of notes.b"
+
+
+def test_the_old_folder_of_another_one_is_not_taken(tmp_path):
+    write_folder(tmp_path / ".notes.b.4.old", OLD)
+    with pytest.raises(KeyError), whole_folder(tmp_path / "notes"):
+        raise KeyError
+    assert names(tmp_path) == [".notes.b.4.old"]
+
+
+def test_processes_that_end_at_once_replace_a_folder_in_turn(tmp_path, monkeypatch):
+    target, fork = tmp_path / "notes", multiprocessing.get_context("fork")
+    write_folder(target, OLD)
+    other = fork.Process(target=write_whole, args=(whole_folder, target, write_folder))
+    rename = Path.rename
+
+    def slowly(path, new):
+        rename(path, new)
+        if path == target and other.pid is None:
+            monkeypatch.undo()
+            other.start()
+            other.join(0.5)
+
+    monkeypatch.setattr(Path, "rename", slowly)
+    with whole_folder(target) as part:
+        write_folder(part, OLD)
+    other.join()
+    assert other.exitcode == 0 and read_folder(target) == NEW and names(tmp_path) == ["notes"]
+
+
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / "disk" / "notes").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "notes")

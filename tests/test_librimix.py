@@ -239,6 +239,16 @@ def test_metadata_that_name_missing_speech(corpus, prepared, refused, tmp_path):
         prepared(speech=str(copy))
 
 
+def test_generated_files_of_another_rate_than_their_folder_are_refused(
+    corpus, prepared, refused, tmp_path
+):
+    tree = generate(tmp_path / "made", corpus, 2, 8000, "max")
+    for path in tree.rglob("*.wav"):
+        sf.write(path, sf.read(path, dtype="int16")[0], 16000)
+    with refused("has 16000 Hz where 8000 Hz are needed"):
+        prepared(librimix_dir=str(tmp_path / "made"))
+
+
 def test_lists_of_another_number_of_sources_are_refused(corpus, prepared, refused, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(corpus, copy)

@@ -166,8 +166,10 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, about, refused):
     (tmp_path / "thesis.tex").write_text("years of work")
     with refused(tmp_path, "holds other files"):
         publish(small(), tmp_path, about)
-    for _ in range(2):  # one of ours is replaced
+    for _ in range(2):  # one of ours is replaced, with what a killed `--onnx` left in it
         publish(small(), tmp_path / "p", about)
+        (tmp_path / "p" / ".model.deadbeef.9.part.onnx").touch()
+        assert is_published(tmp_path / "p")
     assert (tmp_path / "thesis.tex").exists()
 
 

@@ -25,6 +25,13 @@ def test_any_length_works(model_class):
 
 
 @both_classes
+def test_a_batch_of_no_mixtures_has_no_estimates(model_class):
+    model, batch = small(model_class), torch.zeros(0, 800)
+    for mixtures in (batch, batch[:, None]):
+        assert model(mixtures).shape == model.separate(batch[:, None]).shape == (0, 2, 800)
+
+
+@both_classes
 def test_autocast_leaves_64_bits_alone(model_class):
     model, mixture = small(model_class).double(), torch.randn(1, 800).double()
     with torch.autocast("cpu", torch.bfloat16):

@@ -108,6 +108,15 @@ def test_training_without_dynamic_mixing_is_on_the_list(prepared, refused):
         train_model(exp_dir, settings)
 
 
+def test_files_of_another_rate_than_their_folders_are_refused(corpus, prepared, refused, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    for path in copy.rglob("*.wav"):
+        sf.write(path, sf.read(path, dtype="int16")[0], 16000)
+    with refused("has 16000 Hz where 8000 Hz are needed"):
+        prepared(speech=str(copy))
+
+
 def test_counts_other_than_the_official_are_reported(prepared, capsys):
     prepared()
     said = capsys.readouterr().out
