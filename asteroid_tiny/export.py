@@ -67,7 +67,8 @@ def export_onnx(model, path, quantize=None, speech=None, about=None):
             outcome = save_int8(part, model.sample_rate, speech)
         file = onnx.load(part)
         facts = {"sample_rate": f"{model.sample_rate:g}", "n_src": str(model.masker.n_src)}
-        facts |= {"model": type(model).__name__, "args": json.dumps(model.get_model_args())}
+        facts["model"] = type(model).__name__
+        facts["args"] = json.dumps(model.get_model_args(), default=str)
         facts |= {"precision": quantize or "fp32", "made_by": "asteroid_tiny"}
         provenance = {key: about[key] for key in PROVENANCE if key in about} if about else {}
         facts["about"] = json.dumps(provenance, default=str)

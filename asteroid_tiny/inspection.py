@@ -39,7 +39,7 @@ def open_model(name=None):
     if path.suffix == ".onnx":
         separator = OnnxSeparator(path)
         return separator, separator.about
-    return from_pretrained(path).eval(), open_stored(path).infos
+    return from_pretrained(path), open_stored(path).infos
 
 
 def default_for(sample_rate):

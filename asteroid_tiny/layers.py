@@ -339,10 +339,10 @@ class LayerStack(nn.Module):
         Shape:
             (batch, chunks, chunk, chan) -> the same, before `finish`.
         """
-
-        # not while tracing: two traces through a checkpoint differ, which `torch.jit.trace` refuses
-        keeps_none = self.checkpoint_activations and not torch.jit.is_tracing()
-        recompute = keeps_none and torch.is_grad_enabled()
+        # of what records operations, compilation alone takes checkpoints: two traces through one
+        # differ, which `torch.jit.trace` refuses, and `torch.func` has no hooks of saved tensors
+        may_recompute = torch.compiler.is_compiling() or not is_traced()
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and may_recompute
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced():
             return finish(self._by_parts(x, axis))
         return self._all(x, axis, finish, recompute)

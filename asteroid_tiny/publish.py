@@ -167,7 +167,7 @@ def rounding_db(model, signals=None):
     conf = model.serialize()
     conf["state_dict"] = {key: tensor.half() for key, tensor in conf["state_dict"].items()}
     try:
-        rounded = type(model).from_pretrained(conf).eval()
+        rounded = type(model).from_pretrained(conf)
     except UserError:  # a weight above 65504
         return -float("inf")
     was_training = model.training

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from asteroid_tiny import Sepformer, TinySepformer
-from asteroid_tiny.layers import (
-    INTER,
-    INTRA,
-)
+from asteroid_tiny.layers import INTER, INTRA
 
 CLASSES = [TinySepformer, Sepformer]
 SIZES = dict(
@@ -47,9 +44,6 @@ def ratio_db(estimate, reference):
 
 def first_layer(model):
     return model.masker.intra[0].layers[0]
-
-
-#: argument, another value than the default, and where that value is found in the model
 
 
 class Shares(torch.nn.Module):

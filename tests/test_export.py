@@ -110,12 +110,14 @@ def test_a_file_says_what_another_model_is_and_no_more_of_its_making(
 ):
     monkeypatch.setattr(export, "save_fp32", lambda model, part: shutil.copy(exported[1], part))
     monkeypatch.setattr(export, "check_lengths", lambda *_: 0.0)
-    model = small(n_src=3, sample_rate=16000, kernel_size=20, stride=10)
+    bank = dict(fb_name="stft", window=torch.hann_window(20))  # a tensor, which JSON has not
+    model = small(n_src=3, sample_rate=16000, n_filters=20, kernel_size=20, stride=10, **bank)
     about = {"name": "mine", "licence": "mit", "folder": "/home/me"}
     export_onnx(model, tmp_path / "model.onnx", about=about)
     facts = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert facts["sample_rate"] == "16000" and facts["n_src"] == "3" and facts["shortest"] == "20"
     assert json.loads(facts["about"]) == {"name": "mine", "licence": "mit"}
+    assert json.loads(facts["args"])["fb_name"] == "stft"
 
 
 def test_a_file_tells_where_its_weights_are_from(tmp_path, capsys):

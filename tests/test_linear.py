@@ -89,8 +89,9 @@ def test_operations_are_counted_alike_with_and_without_onednn():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_gradients_of_each_mixture_by_torch_func_are_those_of_autograd():
-    model, mixtures = small(), torch.randn(2, 800)
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_gradients_of_each_mixture_by_torch_func_are_those_of_autograd(checkpoint_activations):
+    model, mixtures = small(checkpoint_activations=checkpoint_activations), torch.randn(2, 800)
     parameters = dict(model.named_parameters())
 
     def energy(parameters, mixture):

@@ -22,10 +22,7 @@ from asteroid_tiny import (
     models,
 )
 from asteroid_tiny.filterbanks import sinusoid_pairs
-from asteroid_tiny.layers import (
-    ConvAttentionLayer,
-    TransformerLayer,
-)
+from asteroid_tiny.layers import ConvAttentionLayer, TransformerLayer
 
 
 @pytest.mark.parametrize(
@@ -78,6 +75,7 @@ def test_sources_and_sample_rates(model_class, n_src, sample_rate):
             assert not torch.allclose(estimates[:, i], estimates[:, j])
 
 
+#: Argument, another value than the default, and where that value is found in the model.
 ARGUMENTS = {
     "n_src": (5, lambda m: m(torch.randn(1, 50)).shape[1]),
     "fb_name": ("stft", lambda m: m.encoder.filterbank.__class__.__name__[:4].lower()),

@@ -81,10 +81,10 @@ if __name__ == "__main__":
     with whole_file(example_mixture()) as part:
         soundfile.write(part, mixture.numpy(), 8000, subtype="PCM_16")
     with torch.no_grad():
-        estimates = from_pretrained(DEFAULT).eval()(mixture[None])[0]
+        estimates = from_pretrained(DEFAULT)(mixture[None])[0]
     with whole_file(ZOO / "example" / "spectrograms.png") as part:
         part.write_bytes(stacked_spectrograms([np.asarray(s) for s in (mixture, *estimates)]))
     for name in list_models():
-        value = improvement(from_pretrained(name).eval())
+        value = improvement(from_pretrained(name))
         note(name, value)
         print(f"{name}: SI-SDRi {value:.2f} dB on {N_MIXTURES} mixtures of minispeech")
