@@ -15,7 +15,7 @@ try:
         version(package)
 except (ImportError, OSError) as error:  # the latter of libraries that do not fit together
     sys.stderr.write(
-        f"error: {sys.executable} lacks packages ({str(error).splitlines()[0]}); "
+        f"error: {sys.executable} lacks packages ({str(error).partition(chr(10))[0]}); "
         f"run: {sys.executable} -m pip install -e '{ROOT}'\n"
     )
     sys.exit(2)
