@@ -70,60 +70,71 @@ def separate_all(
         "mixture_consistency": not no_mixture_consistency,
         "peak": peak,
     }
-    began, seconds, n_before, failed, written = time.monotonic(), 0.0, 0, [], {}
-    try:
-        found = find_recordings(files)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {reason(error)}") from None
-    if not found:
-        raise UserError(f"there are no recordings in {', '.join(files)}")
-    recordings = [path for path in found if not _is_output(path, out, found)]
-    for path in [path for path in found if path not in recordings]:
-        print(without_codes(f"  {path}: left out, an output of an earlier run"))
+    began, seconds, n_before, failed, owners = time.monotonic(), 0.0, 0, [], {}
+    recordings = _recordings(files, out)
     sweep(out)
     for path in recordings:
-        told = None
         try:
             network = models.of(path)
-            names = [f"{path.stem}_est{k}.{format}" for k in range(1, network.n_src + 1)]
-            targets = [Path(out) / name for name in names]
-            if targets[0] in written:
-                raise UserError(
-                    f"{path} and {written[targets[0]]} would both be written to {targets[0]}; "
-                    "separate one of them into another folder (-o)"
-                )
-            if is_done(targets, path, force, sums=not no_mixture_consistency):
-                n_before += 1
-                written[targets[0]] = path
-                there = f"done before, {targets[0]} is there (--force writes anew)"
-                print(without_codes(f"  {path}: {there}"))
-                continue
-            done = _separate_one(network, path, targets, options)
-            written[targets[0]] = path
-        except UserError as error:
-            told = str(error)
-        except BrokenPipeError:  # of stdout
-            raise
-        except OSError as error:  # of a name too long, a folder closed to us
-            told = f"{path}: {reason(error)}"
-        except (MemoryError, RuntimeError) as error:  # of PyTorch, where memory is too little
-            if "memory" not in f"{type(error).__name__} {error}".lower():
-                raise
-            told = f"{path}: memory is too little; try a smaller --block or --batch"
-        except UnicodeError:
-            told = f"{os.fsencode(path)!r}: the name is not UTF-8; rename it"
-        if told is not None:
+            targets = _targets(path, network.n_src, out, format, owners)
+            before = is_done(targets, path, force, sums=not no_mixture_consistency)
+            done = None if before else _separate_one(network, path, targets, options)
+        except (UserError, OSError, MemoryError, RuntimeError, UnicodeError) as error:
+            print(without_codes(f"error: {_what_failed(path, error)}"), file=sys.stderr)
             failed.append(path)
-            print(without_codes(f"error: {told}"), file=sys.stderr)
             continue
-        seconds += done["seconds"]
-        print(without_codes(f"  {path}: {targets[0]} .. {targets[-1].name}{notes_on(done)}"))
+        owners[targets[0]] = path
+        if before:
+            n_before += 1
+            told = f": done before, {targets[0]} is there (--force writes anew)"
+        else:
+            seconds += done["seconds"]
+            told = f": {targets[0]} .. {targets[-1].name}{notes_on(done)}"
+        print(without_codes(f"  {path}{told}"))
     n_done = len(recordings) - n_before - len(failed)
     took = time.monotonic() - began
     names = without_codes(f": {', '.join(map(str, failed))}") if failed else ""
     print(f"{n_done} separated ({seconds:.0f} s of audio in {took:.0f} s), {n_before} done before, "
           f"{len(failed)} failed{names}")  # fmt: skip
     return len(failed)
+
+
+def _recordings(names, out):
+    """The files that names stand for, but what an earlier run wrote for others of them."""
+    try:
+        found = find_recordings(names)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {reason(error)}") from None
+    if not found:
+        raise UserError(f"there are no recordings in {', '.join(names)}")
+    outputs = [path for path in found if _is_output(path, out, found)]
+    for path in outputs:
+        print(without_codes(f"  {path}: left out, an output of an earlier run"))
+    return [path for path in found if path not in outputs]
+
+
+def _targets(path, n_src, out, format, owners):
+    """The files of a recording (list of Path), if they are not another's by `owners`."""
+    targets = [Path(out) / f"{path.stem}_est{k}.{format}" for k in range(1, n_src + 1)]
+    if targets[0] in owners:
+        raise UserError(
+            f"{path} and {owners[targets[0]]} would both be written to {targets[0]}; "
+            "separate one of them into another folder (-o)"
+        )
+    return targets
+
+
+def _what_failed(path, error):
+    """What to tell of a recording that was not separated (str); raises errors of other kinds."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, UnicodeError):
+        return f"{os.fsencode(path)!r}: the name is not UTF-8; rename it"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # which is of stdout
+        return f"{path}: {reason(error)}"  # a name too long, a folder closed to us
+    if "memory" in f"{type(error).__name__} {error}".lower():  # PyTorch's is a RuntimeError
+        return f"{path}: memory is too little; try a smaller --block or --batch"
+    raise error
 
 
 class _Models:
