@@ -8,7 +8,6 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from .errors import UserError, exit_on_user_error
@@ -186,6 +185,7 @@ def evaluate(options):
         write_list,
     )
     from .evaluation import evaluate
+    from .files import temporary_folder
     from .inspection import find_device, open_model
     from .report import write_report
     from .summary import format_table
@@ -221,7 +221,7 @@ def evaluate(options):
         options.seed,
         overlap_ratio=options.overlap,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         write_list(Path(folder) / "list.csv", mixtures, rate)
         dataset = MixtureList(speech, Path(folder) / "list.csv")
     surroundings = (options.reverb, options.snr, recorded, options.microphone)
@@ -413,6 +413,8 @@ def demo(options):
     for name in ("minutes", "megabytes", "keep"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} must be above 0")
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise UserError(f"--port must be from 1 to 65535, not {options.port}")
     serve(
         options.model,
         options.minutes,

@@ -12,16 +12,19 @@ their own, whose names cannot be guessed, until they are deleted.
 """
 
 import base64
+import contextlib
 import html
 import os
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 
 from .errors import UserError
+from .files import reason, temporary_folder
 from .hub import list_models
 from .inspection import find_device, made_for, open_model
 from .longform.audio import open_recording, resample
@@ -80,6 +83,8 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
                 found, picture, said = done
             except UserError as error:
                 said = str(error)
+            except OSError as error:  # of a folder that finds no room
+                said = f"The files could not be written: {reason(error)}."
         updates = [_paragraph(said), picture]
         for k in range(n_tracks):
             target, picture = found[k] if k < len(found) else (None, None)
@@ -109,6 +114,7 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
                     shown.append(gr.DownloadButton(f"Download speaker {k + 1}"))
         chosen.change(sentences.get, chosen, sentence, api_visibility="private")
         button.click(separate, [recording, chosen], shown, api_visibility="private")
+    page.kept = kept
     page.turn = threading.Lock()  # of whoever writes files: one visitor at a time
     return page.queue(max_size=WAITING)
 
@@ -185,6 +191,7 @@ def launch(page, megabytes=MEGABYTES, port=None, **options):
     Raises:
         UserError: If the port is taken.
     """
+    threading.Thread(target=_clear, args=(page,), daemon=True).start()
     options = {"footer_links": ["gradio"], "run_history": False, "pwa": False, **options}
     try:
         page.launch(
@@ -202,7 +209,7 @@ def launch(page, megabytes=MEGABYTES, port=None, **options):
 def serve(models, minutes, megabytes, kept_minutes, port, device):
     """Builds and serves the page until Ctrl-C or a SIGTERM, and leaves no file behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="asteroid-tiny-") as folder:
+    with temporary_folder("asteroid-tiny-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before Gradio is imported
         page = build_page(models, minutes, kept_minutes, device)
         launch(page, megabytes, port, quiet=True, prevent_thread_lock=True)
@@ -210,6 +217,16 @@ def serve(models, minutes, megabytes, kept_minutes, port, device):
         page.block_thread()
         page.close(verbose=False)  # which ends a separation that is running
         page.turn.acquire(timeout=LAST)  # wait for its end
+
+
+def _clear(page):
+    """Deletes for good what Gradio forgets: parts of uploads that were broken off."""
+    while True:
+        time.sleep(min(60, page.kept))
+        for part in Path(page.GRADIO_CACHE).glob("tmp*"):
+            with contextlib.suppress(OSError):  # it is a folder, or has just become a file
+                if time.time() - part.stat().st_mtime > page.kept:
+                    part.unlink()
 
 
 def _image(name, samples, top):

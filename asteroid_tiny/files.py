@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -110,6 +111,23 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} could not be made: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix=None):
+    """As `tempfile.TemporaryDirectory`.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:  # of all the folders that are tried
+        raise UserError(
+            f"no temporary folder can be made ({error}); set TMPDIR to a folder on a disk with room"
+        ) from None
+    with made as folder:
+        yield folder
 
 
 @contextlib.contextmanager

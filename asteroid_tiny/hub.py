@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .download import digest_of, fetch, identify
 from .errors import UserError, printable
-from .files import reason, whole_file
+from .files import reason, temporary_folder, whole_file
 from .weights import CONFIG, WEIGHTS, read_config
 
 ZOO = Path(__file__).parent / "zoo"
@@ -128,7 +128,7 @@ def _from_url(url):
 def _pair_from_url(url, sha256):
     """`model.safetensors` with the `config.json` beside it, which has its checksum."""
     address = urllib.parse.urljoin(url, CONFIG)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         path = fetch(address, Path(folder) / CONFIG)
         config, content = read_config(path, where=address), path.read_bytes()
     told = config["sha256"]

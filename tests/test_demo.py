@@ -1,10 +1,12 @@
 """`asteroid-tiny demo` in a real browser: separates, refuses, keeps visitors apart, cleans up."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +123,14 @@ def mixtures(clips, tmp_path_factory):
     return sorted(folder.iterdir())
 
 
+def wait_for(condition):
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come about in 30 s")
+
+
 def separate(page):
     page.get_by_role("button", name="Separate").click()
 
@@ -231,11 +241,7 @@ def test_files_are_deleted_after_the_time_told(visit, mixtures, model, tmp_path,
         separate(page)
         page.get_by_text("4.0 s separated").wait_for()
         assert len([path for path in tmp_path.rglob("*.wav")]) == 1 + 3
-        for _ in range(300):
-            if not list(tmp_path.rglob("*.wav")):
-                break
-            time.sleep(0.1)
-        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        wait_for(lambda: not [path for path in tmp_path.rglob("*") if path.is_file()])
     finally:
         served.close(verbose=False)
 
@@ -258,10 +264,30 @@ def test_a_page_that_is_stopped_in_its_work_leaves_nothing_and_called_nobody(
     assert "outside" not in server.log.read_text() and "Traceback" not in server.log.read_text()
 
 
+def test_an_upload_that_is_broken_off_is_deleted_after_the_time_told(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    served = build_page([str(model)], kept_minutes=0.05, device="cpu")
+    launch(served, quiet=True, prevent_thread_lock=True)
+    head = (
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 200000\r\n"
+        b"Content-Type: multipart/form-data; boundary=X\r\n\r\n--X\r\n"
+        b'Content-Disposition: form-data; name="files"; filename="talk.wav"\r\n\r\n'
+    )
+    try:
+        with socket.create_connection(("127.0.0.1", served.server_port)) as connection:
+            connection.sendall(head + bytes(100_000))
+            wait_for(lambda: [path for path in tmp_path.iterdir() if path.is_file()])
+        wait_for(lambda: not [path for path in tmp_path.iterdir() if path.is_file()])
+    finally:
+        served.close(verbose=False)
+
+
 def test_wrong_options_are_told(capsys):
     for options, words in (
         (["--minutes", "0"], "--minutes must be above 0"),
         (["-m", "no-such-model"], "no-such-model is neither"),
+        (["--port", "0"], "--port must be from 1 to 65535, not 0"),
+        (["--port", "65536"], "--port must be from 1 to 65535, not 65536"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(["demo", *options])
@@ -295,3 +321,14 @@ def test_names_of_recordings_are_no_html(tmp_path, separator):
     path.write_text("no sound")
     page.GRADIO_CACHE, page.is_running = str(tmp_path), True
     assert run(str(path), str(separator))[0].startswith("<p>&lt;img src=x&gt;.wav cannot be read")
+
+
+def test_a_disk_without_room_for_a_folder_is_told(tmp_path, separator, monkeypatch):
+    def full(**options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    page = build_page([str(separator)], device="cpu")
+    (run,) = (block.fn for block in page.fns.values() if block.fn.__name__ == "separate")
+    monkeypatch.setattr(demo.tempfile, "mkdtemp", full)
+    said = run(str(tmp_path / "talk.wav"), str(separator))[0]
+    assert said.startswith("<p>The files could not be written: the disk is full; free some space")

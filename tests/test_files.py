@@ -7,11 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from asteroid_tiny.files import alone, files_below, sweep, whole_file, whole_folder
+from asteroid_tiny.files import (
+    alone,
+    files_below,
+    sweep,
+    temporary_folder,
+    whole_file,
+    whole_folder,
+)
 
 OLD, NEW = "the old content\n", "the new content\n"
 
@@ -329,3 +337,12 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, re
     monkeypatch.setattr(os, "scandir", closed)
     with refused(tmp_path / "a" / "closed", "cannot be read: Permission denied"):
         list(files_below(tmp_path))
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_told(tmp_path, refused, monkeypatch):
+    with temporary_folder("a-") as folder:
+        assert Path(folder).name.startswith("a-")
+    assert not Path(folder).exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with refused("no temporary folder can be made", "set TMPDIR"), temporary_folder():
+        pass
