@@ -293,8 +293,9 @@ def fit(trainer, system, exp_dir):
     """Trains on from the last checkpoint if there is one (Trainer, SeparationSystem, Path).
 
     Raises:
-        UserError: If another process of the training died, the disk is full, the device lacks
-            memory, the model cannot be compiled there, or somebody stopped it (Ctrl-C).
+        UserError: If another process of the training or one that mixes died, the disk is full, the
+            device lacks memory, the model cannot be compiled there, or somebody stopped it
+            (Ctrl-C).
     """
     last = exp_dir / "checkpoints" / "last.ckpt"
     try:
@@ -318,6 +319,12 @@ def fit(trainer, system, exp_dir):
             "trains without"
         ) from error
     except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error):  # by PyTorch, of one that ended without a word
+            raise UserError(
+                "a process that mixes died, often for lack of memory, in a container of shared "
+                "memory; the same command continues from the last checkpoint, with fewer such "
+                "processes if you add a lower --num_workers"
+            ) from error
         if trainer.world_size == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
         raise UserError(

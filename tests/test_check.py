@@ -58,6 +58,11 @@ def test_a_fault_of_a_recording_is_found_and_named(make_dir, voices, kind):
     assert found.fatal == (kind not in ("silent", "clipping", "short"))
 
 
+def test_a_mere_offset_is_silent(make_dir, voices):
+    (found,) = check_speech(make_dir({**voices, "s1": np.full(32000, 3000, np.int16)}))
+    assert (found.kind, found.where, found.fatal) == ("silent", "s1", False)
+
+
 def test_the_rate_that_is_asked_for_is_checked(make_dir, voices):
     folder = make_dir(voices)
     assert check_speech(folder, 8000) == []

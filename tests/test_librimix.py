@@ -13,7 +13,7 @@ from recipes import prepare, run_stages, settings_of
 from scipy.signal import resample_poly
 from sounds import peak_frequency
 
-from asteroid_tiny.data import DynamicMixtures, librimix
+from asteroid_tiny.data import DynamicMixtures, librimix, mixed
 from asteroid_tiny.data.kaldi import NoiseDir, write_dir
 from asteroid_tiny.preparation import open_list, open_split
 
@@ -189,6 +189,18 @@ def test_a_generated_librimix_serves_as_well(
     (tmp_path / "made").rename(tmp_path / "moved")
     with refused("is missing; if the corpus was moved, run again from --stage 0"):
         open_list(exp_dir, settings, "test")
+
+
+def test_noise_that_is_cut_short_is_refused_where_sums_are_not_compared(
+    corpus, prepared, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mixed, "check_sums", lambda *_: 0)
+    tree = generate(tmp_path / "made", corpus, 2, 8000, "min")
+    path = sorted((tree / "dev" / "noise").glob("*"))[-1]
+    samples, rate = sf.read(path, dtype="int16")
+    sf.write(path, samples[:5000], rate)
+    with refused(path, "5000 samples", f"have {len(samples)}", "cut short"):
+        prepared(librimix_dir=str(tmp_path / "made"), task="sep_noisy")
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,14 @@ def test_silent_stretches_are_not_drawn(make_dir, clips):
             assert np.sqrt(np.mean(samples**2)) > SILENT
 
 
+def test_stretches_of_a_mere_offset_are_not_drawn(make_dir, clips):
+    offset = {key: np.append(s // 2, np.zeros_like(s)) + 300 for key, s in clips.items()}
+    speech = SpeechDir(make_dir(offset))
+    for mixture in draw_list(speech, 40, 2, RATE, seed=11):
+        for source in mixture.sources:
+            assert speech.read(source.utterance, source.start, source.length).std() > SILENT
+
+
 def test_a_silent_recording_gives_silence(make_dir):
     speech = SpeechDir(make_dir({"anna": NOISE, "mute": np.zeros_like(NOISE)}))
     mixture, sources = render(speech, draw_list(speech, 1, 2, RATE, seed=12)[0])

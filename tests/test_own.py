@@ -199,6 +199,20 @@ def test_a_recording_without_speaker_is_refused(make, pack, tmp_path, refused):
         make(source, n_src=1)
 
 
+def test_who_has_no_recording_is_no_speaker_to_be_split(make, pack, tmp_path):
+    source = shutil.copytree(pack / "valid", tmp_path / "source")
+    with open(source / "utt2spk", "a") as table:
+        table.writelines(f"gone{i}-1 gone{i}\n" for i in range(40))
+    assert sum(len(speech.by_speaker) for speech in make(source, n_src=1).values()) == 4
+
+
+def test_two_folders_do_not_become_one_speaker(make, voices, refused):
+    (voices / "speaker_0").mkdir()
+    (voices / "speaker 1" / "day one" / "a.wav").rename(voices / "speaker_0" / "new.wav")
+    with refused("speaker 0 and", "speaker_0 would both be speaker 'speaker_0'"):
+        make(voices)
+
+
 def test_a_full_disk_leaves_no_half_of_a_conversion(tmp_path, clips, refused):
     source = tmp_path / "a.wav"
     sf.write(source, np.tile(next(iter(clips.values())), 4), 16000)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -397,6 +398,27 @@ def test_too_little_memory_is_told_in_one_sentence(model, speech, valid, tmp_pat
     monkeypatch.setattr(training, "separation_loss", loss)
     with pytest.raises(UserError, match="too little memory.*a smaller --batch_size"):
         train(model, speech, valid, tmp_path, CONF)
+
+
+def test_a_process_that_mixes_and_dies_is_told(
+    model, speech, valid, tmp_path, monkeypatch, refused
+):
+    class Hand(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                for process in set(multiprocessing.active_children()) - others:
+                    process.kill()
+                    process.join()
+
+    others = set(multiprocessing.active_children())
+    build_trainer = training.build_trainer
+    monkeypatch.setattr(
+        training, "build_trainer", lambda f, conf, c, **o: build_trainer(f, conf, [Hand(), *c], **o)
+    )
+    with refused("a process that mixes died", "--num_workers"):
+        train(model, speech, valid, tmp_path, {**CONF, "num_workers": 1, "steps": 40})
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
 
 
 def test_a_model_that_cannot_be_compiled_is_told(model, speech, valid, tmp_path, monkeypatch):

@@ -167,8 +167,9 @@ def test_what_a_mac_leaves_beside_each_file_is_no_mixture(copy, prepared):
     assert len(open_list(exp_dir, settings, "test")) == 2
 
 
-def test_a_missing_source_is_named(copy, prepared, refused):
-    path = next((copy / "2speakers" / "wav8k" / "min" / "cv" / "s2").glob("*"))
+@pytest.mark.parametrize("source", ["s1", "s2"])
+def test_a_missing_source_is_named(copy, prepared, refused, source):
+    path = next((copy / "2speakers" / "wav8k" / "min" / "cv" / source).glob("*"))
     path.unlink()
     with refused(path, "is missing"):
         prepared(speech=str(copy))

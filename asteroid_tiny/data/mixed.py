@@ -76,7 +76,7 @@ def mixtures(speech, noise=None):
         noise (NoiseDir, optional): That of `write_noise`; the mixtures have none without it.
 
     Raises:
-        UserError: If the sources of a mixture differ in length: one is cut short.
+        UserError: If the sources of a mixture, or its noise, differ in length: one is cut short.
     """
     sources = {}
     for key in sorted(speech.utterances):
@@ -90,6 +90,11 @@ def mixtures(speech, noise=None):
                 f"source of the mixture there are {longest.length}; it is cut short, or not padded"
             )
         hiss = whole(noise, name) if noise else None
+        if hiss and hiss.length != longest.length:
+            raise UserError(
+                f"{noise.wavs[name]} has {hiss.length} samples, the sources of the mixture have "
+                f"{longest.length}; it is cut short, or not of this mixture"
+            )
         found.append(Mixture(name, longest.length, tuple(parts), hiss))
     return found
 

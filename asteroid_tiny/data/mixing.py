@@ -137,8 +137,9 @@ def _draw_audible(speech, rng, speaker, length, speed, level):
     """A stretch at a level; if ten in a row are silent, the last of them."""
     for _ in range(10):
         source = _draw_stretch(speech, rng, speaker, length, speed)
-        loudness = np.sqrt(np.mean(_stretch(speech, source) ** 2))
-        if loudness > SILENT:
+        stretch = _stretch(speech, source)
+        loudness = np.sqrt(np.mean(stretch**2))
+        if np.std(stretch) > SILENT:  # a mere offset cannot be heard
             break
     return source._replace(gain=round(float(level - 20 * np.log10(max(loudness, SILENT))), 3))
 

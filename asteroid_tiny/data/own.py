@@ -77,9 +77,11 @@ def read_part(folder):
     for name in TABLES:
         if name in ("wav.scp", "utt2spk") or (folder / name).exists():
             tables[name] = read_table(folder / name)
+    speakers, tables["utt2spk"] = tables["utt2spk"], {}
     for key in tables.get("segments", tables["wav.scp"]):
-        if key not in tables["utt2spk"]:
+        if key not in speakers:
             raise UserError(f"{folder / 'utt2spk'} names no speaker for utterance {key!r}")
+        tables["utt2spk"][key] = speakers[key]  # who has no recording is no speaker to be split
     for key, value in tables["wav.scp"].items():
         tables["wav.scp"][key] = find_recording(folder, key, value)
     return tables
@@ -97,7 +99,7 @@ def find_recording(folder, key, value):
 
 def read_folders(folder):
     """Tables of a folder with one folder of recordings a speaker."""
-    tables = {"wav.scp": {}, "utt2spk": {}}
+    tables, folders = {"wav.scp": {}, "utt2spk": {}}, {}
     for path in sorted(files_below(folder)):
         inside = path.relative_to(folder)
         if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2:
@@ -107,6 +109,12 @@ def read_folders(folder):
         if set("\n\r") & set(str(path)):
             raise UserError(f"the name {str(path)!r} has a line break; rename it")
         speaker = re.sub(r"\s", "_", inside.parts[0])
+        other = folders.setdefault(speaker, folder / inside.parts[0])
+        if other != folder / inside.parts[0]:
+            raise UserError(
+                f"{other} and {folder / inside.parts[0]} would both be speaker {speaker!r}, as "
+                "blanks become _; rename one, or put them into one"
+            )
         utterance = re.sub(r"[\s/]", "_", inside.as_posix())
         if utterance in tables["utt2spk"]:
             other = tables["wav.scp"][utterance]

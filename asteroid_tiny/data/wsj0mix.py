@@ -43,7 +43,7 @@ def prepare(source, target, settings):
     tree = f"{n_src}speakers/wav{settings['sample_rate'] // 1000}k/{settings['mode']}"
     for split, part in PARTS.items():
         root = source / tree / part
-        names = sorted(path.stem for path in (root / "s1").glob("[!.]*.wav"))
+        names = sorted({path.stem for path in root.glob("s[123]/[!.]*.wav")})
         if not names:
             raise UserError(f"there is no wav file in {root / 's1'}; {_hint(source, tree, n_src)}")
         mixed.write_split(root, target / split, names, lambda name: speakers_of(name, n_src))
