@@ -36,9 +36,15 @@ def without_codes(text):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turns a `UserError` into one line on stderr and exit status 2 (for command lines)."""
+    """Turns a `UserError` into one line on stderr and exit status 2 (for command lines).
+
+    Ctrl-C is the line "stopped" and status 130, as of programs that end by it.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         told = without_codes(sentence(error))  # it may quote others; blanks in paths stay
         print(f"error: {told}", file=sys.stderr)

@@ -288,12 +288,12 @@ class OnnxSeparator(Separable, torch.nn.Module):
         self._arguments = (os.path.abspath(path), n_threads, sample_rate)
         self.in_channels = 1
         self.device = torch.device("cpu")
-        names = [given.name for given in self.session.get_inputs()]
+        taken = [(given.name, len(given.shape)) for given in self.session.get_inputs()]
         shape = self.session.get_outputs()[0].shape
         try:
             self.sample_rate = float(facts.get("sample_rate", sample_rate or 0))
             self.shortest = int(facts.get("shortest", 1))
-            fits = names == ["mixture"] and len(shape) == 3 and isinstance(shape[1], int)
+            fits = taken == [("mixture", 2)] and len(shape) == 3 and isinstance(shape[1], int)
         except ValueError:
             fits = False
         if not fits or not 1 <= self.sample_rate <= 1e6 or self.shortest < 1:

@@ -3,11 +3,13 @@
 An "epoch" is a fixed number of steps, after each of which the model is validated and saved.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +49,7 @@ from .weights import load_weights_only
 #: Settings that are arguments of `DynamicMixtures`, as `DRAWN` are, and of `RepeatedMixtures`.
 CHANGED = "silent_sources", "reverb", "noise", "microphone"
 PATIENCE = timedelta(minutes=10)  # with another process, before it is given up
+UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EROFS  # errors of disks
 BEST_POSSIBLE_DB = 30.0  # sources estimated better than this teach nothing more
 
 say = rank_zero_only(print)
@@ -299,13 +302,14 @@ def fit(trainer, system, exp_dir):
     """
     last = exp_dir / "checkpoints" / "last.ckpt"
     try:
-        trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
+        with quiet_threads():
+            trainer.fit(system, ckpt_path=str(last) if last.exists() else None)
     except SystemExit:  # by Lightning, without a word
         if not trainer.interrupted:
             raise
         raise UserError("stopped; the same command continues from the last checkpoint") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in UNWRITABLE:
             raise
         raise UserError(f"{exp_dir} could not be written: {reason(error)}") from error
     except torch.OutOfMemoryError as error:
@@ -331,6 +335,22 @@ def fit(trainer, system, exp_dir):
             "another process of the training ended; the same command continues from the last "
             "checkpoint"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_threads():
+    """Without the traceback of TensorBoard's thread on a full disk: it hands its error on, too."""
+    before = threading.excepthook
+
+    def hook(told):
+        if not (isinstance(told.exc_value, OSError) and told.exc_value.errno in UNWRITABLE):
+            before(told)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def strategy(conf):

@@ -290,6 +290,10 @@ def test_the_measurement_on_a_gpu_with_a_cpu_in_its_place(monkeypatch):
 def test_stage_5_is_a_stage_and_refuses_what_it_cannot_measure(refused, run_folder):
     with refused("there is no 'tasnet'", "conv-tasnet"):
         stage.read_models("tiny-sepformer-s,tasnet")
+    for _ in range(20):  # a set has NaN at another place each time
+        with refused("bench_lengths must be seconds"):
+            stage.read_lengths("1,nan,4")
+    assert stage.read_models("conv-tasnet,dprnn,conv-tasnet") == ["conv-tasnet", "dprnn"]
     options = ["--stage", "5", "--bench_lengths", "long", "--tag", run_folder("minispeech").name]
     command = [ROOT / "run.sh", "--python_path", sys.executable, *options]
     done = subprocess.run(command, capture_output=True, text=True)

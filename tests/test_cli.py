@@ -158,6 +158,15 @@ def test_evaluate_that_fails_leaves_the_list_of_the_results(model, voices, tmp_p
     assert (tmp_path / "out" / "list.csv").read_text() == kept
 
 
+def test_ctrl_c_is_told_without_a_traceback(model, voices, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    assert status("evaluate", model, voices, "-o", tmp_path, "-n", "1", "--segment", "1") == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_export_writes_a_file_that_separate_takes(model, voices, tmp_path, capsys):
     file = tmp_path / "model.onnx"
     main(["export", str(model), "-o", str(file)])

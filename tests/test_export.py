@@ -308,6 +308,16 @@ def test_an_onnx_file_of_something_else_is_refused(exported, tmp_path, refused):
     onnx.save(file, tmp_path / "other.onnx")
     with refused("other.onnx is no separator"):
         OnnxSeparator(tmp_path / "other.onnx")
+    taken, given = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2, None])
+        for name in ("mixture", "estimates")
+    )
+    node = onnx.helper.make_node("Identity", ["mixture"], ["estimates"])
+    graph = onnx.helper.make_graph([node], "channels", [taken], [given])
+    version = {"opset_imports": file.opset_import, "ir_version": file.ir_version}
+    onnx.save(onnx.helper.make_model(graph, **version), tmp_path / "channels.onnx")
+    with refused("channels.onnx is no separator"):
+        OnnxSeparator(tmp_path / "channels.onnx", sample_rate=8000)
 
 
 def test_mixtures_without_samples_and_of_no_shape_are_taken_or_refused(exported, refused):

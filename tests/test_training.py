@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytorch_lightning as pl
 import soundfile as sf
 import torch
 from sounds import RATE, peak_frequency, tone
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from asteroid_tiny import TinySepformer, UserError, training
 from asteroid_tiny.checkpointing import RandomStates, WholeCheckpoints
@@ -361,7 +363,7 @@ def test_a_broken_checkpoint_is_named(model, speech, valid, tmp_path):
 
 
 def test_a_broken_best_checkpoint_is_named_with_a_way_on(
-    model, speech, valid, tmp_path, monkeypatch
+    model, speech, valid, tmp_path, monkeypatch, refused
 ):
     fit = training.fit
 
@@ -370,10 +372,12 @@ def test_a_broken_best_checkpoint_is_named_with_a_way_on(
         (tmp_path / "checkpoints" / "best.ckpt").write_bytes(b"PK")
 
     monkeypatch.setattr(training, "fit", break_it)
-    with pytest.raises(
-        UserError, match=r"best\.ckpt is broken.*to train anew, delete .*checkpoints"
-    ):
+    with refused("best.ckpt is broken", "to train anew, delete", "checkpoints"):
         train(model, speech, valid, tmp_path, {**CONF, "steps": 2})
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(model, speech, valid, tmp_path, monkeypatch):
@@ -381,14 +385,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(model, speech, valid, tmp_path, 
     last = tmp_path / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
 
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="the disk is full"):
         train(model, speech, valid, tmp_path, {**CONF, "steps": 4})
     assert last.read_bytes() == before
     assert not list(last.parent.glob(".*"))
+
+
+def test_a_full_disk_under_the_logs_is_told_without_a_traceback(
+    model, speech, valid, tmp_path, monkeypatch, refused
+):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    monkeypatch.setattr(RecordWriter, "write", full)  # in a thread of TensorBoard's
+    with refused(f"{tmp_path} could not be written: the disk is full"):
+        train(model, speech, valid, tmp_path, CONF)
+    assert told == []
 
 
 def test_too_little_memory_is_told_in_one_sentence(model, speech, valid, tmp_path, monkeypatch):

@@ -213,7 +213,7 @@ def read_models(text):
     known = [*PRESETS, *PEERS]
     if text == "all":
         return known
-    names = [name.strip() for name in text.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))  # each once
     for name in names:
         if name not in known:
             raise UserError(f"bench_models: there is no {name!r}; there are {', '.join(known)}")
@@ -231,7 +231,7 @@ def read_lengths(text):
         lengths = sorted({float(length) for length in text.split(",")})
     except ValueError:
         lengths = []
-    if not lengths or not 0.01 <= lengths[0] <= lengths[-1] <= 3600:
+    if not lengths or not all(0.01 <= length <= 3600 for length in lengths):  # NaN neither
         raise UserError(
             f"bench_lengths must be seconds from 0.01 to 3600, separated by commas, not {text!r}"
         )
