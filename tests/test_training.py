@@ -57,10 +57,9 @@ def speech(pack):
 
 
 @pytest.fixture
-def valid(pack, tmp_path):
-    valid = SpeechDir(pack / "valid")
-    write_list(tmp_path / "valid.csv", draw_list(valid, 4, 2, 4000, seed=1), 8000)
-    return MixtureList(valid, tmp_path / "valid.csv")
+def valid(valid_speech, tmp_path):
+    write_list(tmp_path / "valid.csv", draw_list(valid_speech, 4, 2, 4000, seed=1), 8000)
+    return MixtureList(valid_speech, tmp_path / "valid.csv")
 
 
 @pytest.fixture
