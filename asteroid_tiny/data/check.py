@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .kaldi import SPLITS, NoiseDir, SpeechDir, decode, open_info, read_table
-from .mixing import SILENT, read_list, render
+from .mixing import is_silent, read_list, render
 from .surroundings import RecordedNoise
 
 FULL_SCALE = 0.999
@@ -155,7 +155,7 @@ def check_list(path, speech_folder, noise=None):
         if mixed.abs().max() > 1 - 1e-6:  # which is where `render` leaves a peak above 1
             findings.append(Finding("clipping", mixture.mixture_id, "made softer", False))
         for source, samples in zip(mixture.sources, sources):
-            if samples.square().mean().sqrt() <= SILENT:
+            if is_silent(samples.numpy()):
                 findings.append(Finding("silent", mixture.mixture_id, source.utterance, False))
     return findings
 
@@ -237,7 +237,7 @@ def _listen(samples, rate, path, utterances, shortest):
             yield Finding("outside its recording", key, f"{span[0]:g} to {span[1]:g} s of {path}")
             continue
         part = samples[first:last]
-        if np.std(part) <= SILENT:  # a mere offset cannot be heard
+        if is_silent(part):
             yield Finding("silent", key, "", False)
         if len(part) < shortest * rate:
             yield Finding("short", key, f"{len(part) / rate:.2f} s", False)

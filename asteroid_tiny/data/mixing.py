@@ -133,14 +133,19 @@ def _gaps(rng, n_speakers, max_gap):
     return gaps
 
 
+def is_silent(samples):
+    """Whether samples (numpy.ndarray) hold nothing, or a mere offset, which cannot be heard."""
+    return np.std(samples) <= SILENT
+
+
 def _draw_audible(speech, rng, speaker, length, speed, level):
     """A stretch at a level; if ten in a row are silent, the last of them."""
     for _ in range(10):
         source = _draw_stretch(speech, rng, speaker, length, speed)
         stretch = _stretch(speech, source)
-        loudness = np.sqrt(np.mean(stretch**2))
-        if np.std(stretch) > SILENT:  # a mere offset cannot be heard
+        if not is_silent(stretch):
             break
+    loudness = np.sqrt(np.mean(stretch**2))
     return source._replace(gain=round(float(level - 20 * np.log10(max(loudness, SILENT))), 3))
 
 
