@@ -4,6 +4,7 @@ import asteroid_filterbanks
 import pytest
 import torch
 from small import both_classes, ratio_db, small
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asteroid_tiny import TinySepformer
 
@@ -37,6 +38,18 @@ def test_autocast_leaves_64_bits_alone(model_class):
     with torch.autocast("cpu", torch.bfloat16):
         cast = model(mixture)
     assert torch.equal(cast, model(mixture))
+
+
+@both_classes
+@pytest.mark.parametrize("norm_type", ["gLN", "cLN"])
+def test_on_a_gpu_nothing_is_made_on_the_cpu(model_class, norm_type):
+    """Fake tensors need no GPU: they know where they would be, and refuse to meet others."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, mixture = small(model_class, norm_type=norm_type), torch.randn(2, 800)
+        for training in (False, True):
+            estimates = model.train(training)(mixture)
+            assert estimates.device.type == "cuda" and estimates.shape == (2, 2, 800)
 
 
 @both_classes
