@@ -87,7 +87,7 @@ def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size, mon
 
 @pytest.mark.parametrize("block, overlap", [(2.0, 2.0), (2.0, 3.0), (0.0, 0.0), (2.0, -1.0)])
 def test_an_overlap_that_does_not_fit_is_refused(talk, refused, block, overlap):
-    with refused(f"{overlap:g} s"):
+    with refused(f"{overlap:g} s", f"longer than {max(overlap, 0):g} s"):
         separate_long(Shares(0.5, 0.5), talk, block=block, overlap=overlap)
 
 
@@ -165,11 +165,13 @@ def test_a_recording_in_memory_has_one_channel(talk, refused):
 
 def test_samples_of_absurd_levels_are_refused(talk, refused):
     loud = talk.copy()
-    loud[1000] = 1e25
-    with refused("samples beyond 1e+06"):
-        separate_long(Shares(0.5, 0.5), loud)
-    with refused("absurdly loud"):
-        separate_long(Shares(1e20, 0.5), talk)
+    for sign in (1, -1):
+        loud[1000] = sign * 1e25
+        with refused("samples beyond 1e+06"):
+            separate_long(Shares(0.5, 0.5), loud)
+    for share in (1e20, np.nan):
+        with refused("absurdly loud"):
+            separate_long(Shares(share, 0.5), talk)
 
 
 def test_memory_that_pieces_come_in_may_be_used_again(talk):
@@ -241,3 +243,9 @@ def test_a_recording_of_a_few_samples_comes_back(talk, n_samples):
     mixture = talk[8000 : 8000 + n_samples]
     found = separate_long(Shares(0.75, 0.25), mixture)
     np.testing.assert_allclose(found.sum(0), mixture, atol=1e-6)
+
+
+def test_the_estimate_of_a_single_source_has_no_offset(talk):
+    found = separate_long(Shares(1.0), talk[:8000] + np.float32(0.5))
+    np.testing.assert_allclose(found[0], talk[:8000] - talk[:8000].mean(), atol=0.05)
+    assert abs(found.mean()) < 1e-3

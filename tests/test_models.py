@@ -137,6 +137,7 @@ def test_every_size_is_an_argument_that_is_stored(model_class, name):
         (dict(conv_kernel_size=4), "conv_kernel_size"),
         (dict(conv_kernel_size=-1), "conv_kernel_size"),
         (dict(chunk_size=11), "chunk_size"),
+        (dict(chunk_size=1), "half of it by default"),
         (dict(hop_size=3), "hop_size"),
         (dict(hop_size=5.0), "hop_size"),
         (dict(dropout=1.0), "dropout"),
@@ -149,6 +150,11 @@ def test_every_size_is_an_argument_that_is_stored(model_class, name):
         (dict(kwargs=4), "'kwargs'"),
         (dict(n_repeats=0), "n_repeats"),
         (dict(stride=17), "stride"),
+        (dict(fb_init="sines"), "fb_init must be .*'sines'"),
+        (dict(fb_init="sinusoids", fb_name="analytic_free"), "fb_init must be"),
+        (dict(fb_init="sinusoids", kernel_size=17), "even kernel_size"),
+        (dict(fb_init="sinusoids", n_filters=15), "even n_filters"),
+        (dict(fb_init="sinusoids", n_filters=34), "at most twice"),
     ],
     ids=str,
 )
@@ -372,6 +378,15 @@ def test_with_masks_of_one_a_start_of_sinusoids_gives_the_mixture_back():
     with torch.no_grad():
         found = model.forward_decoder(model.forward_encoder(mixture)[:, None])
     torch.testing.assert_close(found[..., 8:-8], mixture[..., 8:-8], rtol=0, atol=1e-5)
+
+
+def test_few_sinusoids_give_back_what_is_low():
+    model, time = small(n_filters=16, fb_init="sinusoids"), torch.arange(800)
+    tones = torch.stack([torch.sin(2 * np.pi * hz / 8000 * time) for hz in (500, 3500)])
+    with torch.no_grad():
+        found = model.forward_decoder(model.forward_encoder(tones[:, None])[:, None])[:, 0]
+    low, high = found.std(1) / tones.std(1)
+    assert low > 0.9 and high < 0.1
 
 
 @both_classes

@@ -1,6 +1,11 @@
 """Any length, batch, precision and filterbank."""
 
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import asteroid_filterbanks
+import numpy as np
 import pytest
 import torch
 from small import both_classes, ratio_db, small
@@ -158,3 +163,27 @@ def test_every_filterbank_family_builds_runs_and_travels(conf, tmp_path):
             assert torch.equal(twin(mixture), estimates)
         assert estimates.shape == (2, 2, n_samples) and torch.isfinite(estimates).all()
     assert estimates.abs().max() > 0
+
+
+def test_what_a_family_borrows_of_numpy_is_taken_back(monkeypatch):
+    before = set(vars(np))
+    small(fb_name="mpgtf", n_filters=48)
+    with pytest.raises(AssertionError):
+        small(fb_name="stft", n_filters=8)  # fewer than a window's samples
+    assert set(vars(np)) == before
+    monkeypatch.setattr(np, "math", math, raising=False)  # as an older NumPy has it
+    small(fb_name="mpgtf", n_filters=48)
+    assert np.math is math
+
+
+def test_threads_may_build_models_at_the_same_time(monkeypatch):
+    make, delays = asteroid_filterbanks.make_enc_dec, [0.5, 0.1]
+
+    def after_a_while(*args, **kwargs):
+        time.sleep(delays.pop())  # the second begins before the first ends, and ends after it
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(asteroid_filterbanks, "make_enc_dec", after_a_while)
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(lambda _: small(fb_name="mpgtf", n_filters=48), range(2)))
+    assert len(models) == 2

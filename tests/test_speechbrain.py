@@ -39,7 +39,8 @@ def test_a_folder_of_speechbrain_gives_its_outputs_on_speech(changes, tmp_path, 
     assert model.masker.n_src == changes.get("num_spks", 2)
     assert n_parameters(model) == sum(p.numel() for p in peer.mods.parameters())
     speech = sum(torch.from_numpy(clip[8000:]).float() / 32768 for clip in list(clips.values())[:2])
-    lengths = 8 * 250 + 8, 8000, 4321  # whole chunks; whole strides; neither
+    # whole chunks; half of one more; whole strides; neither
+    lengths = 8 * 250 + 8, 8 * 275 + 8, 8000, 4321
     for n_samples in lengths if changes else (4321,):  # the full size takes its time
         mixture = speech[None, :n_samples]
         with torch.inference_mode():

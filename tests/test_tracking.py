@@ -127,6 +127,16 @@ def test_where_speech_overlaps_no_memory_is_needed(conversations):
         assert wrong_share(sources, ours(sources, 12, memory=False)) < 0.01
 
 
+def test_a_stream_without_memory_takes_no_notice_of_voices(conversations):
+    shares = []
+    for sources in conversations[:3]:
+        starts = [start for start, _ in cut([sources[0]], 4 * RATE, 2 * RATE)]
+        for memory in (True, False):
+            parts = separate_stream(Oracle(sources, starts), [sources.sum(0)], memory=memory)
+            shares.append(wrong_share(sources, np.concatenate(list(parts), axis=1)))
+    assert max(shares[::2]) < 0.02 and np.mean(shares[1::2]) > 0.1, shares
+
+
 @pytest.mark.parametrize("level", [1e-3, 20.0])
 def test_the_choice_does_not_depend_on_the_level(conversations, level):
     sources = conversations[0]

@@ -317,6 +317,20 @@ def test_a_disk_that_is_full_at_the_very_end_leaves_no_file(tmp_path, talk, refu
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_meanwhile_is_told(tmp_path, talk, refused):
+    path = write(tmp_path / "in.wav", talk, RATE)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, most[1]))
+    try:
+        with refused(tmp_path / "1.wav", "could not be written"):
+            separate_file(Shares(0.5, 0.5), path, [tmp_path / "1.wav", tmp_path / "2.wav"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_file_that_cannot_be_written_is_named(tmp_path, talk, refused, monkeypatch):
     def write(self, samples):
         raise sf.LibsndfileError(0)
