@@ -215,8 +215,11 @@ def check_all(exp_dir, settings):
         findings = list(itertools.chain.from_iterable(dirs))
     else:
         findings = check_speech(folder, settings["sample_rate"], SHORTEST)
+    noises = (open_noise(exp_dir, settings, split) for split in SPLITS)
+    paths = [path for noise in noises if noise for path in noise.wavs.values()]
     if settings.get("noise_dir"):  # which an older run does not have
-        findings += check_noise(settings["noise_dir"])
+        paths += [path for path, *_ in RecordedNoise(settings["noise_dir"]).recordings]
+    findings += check_noise(paths)
     if findings:
         print(format_findings(findings, most=3))
     fatal = sum(finding.fatal for finding in findings)

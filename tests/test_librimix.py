@@ -261,6 +261,18 @@ def test_generated_files_of_another_rate_than_their_folder_are_refused(
         prepared(librimix_dir=str(tmp_path / "made"), mode="max")
 
 
+@pytest.mark.parametrize("part", ["tr", "tt"])
+def test_broken_noise_is_found_before_the_training(
+    part, corpus, prepared, refused, tmp_path, capsys
+):
+    shutil.copytree(corpus / "wham_noise", tmp_path / "noise")
+    path = next((tmp_path / "noise" / part).glob("long*"))
+    sf.write(path, np.full((40000, 2), np.nan), RATE, subtype="FLOAT")
+    with refused("1 fault(s)"):
+        prepared(speech=str(corpus), task="sep_noisy", wham_dir=str(tmp_path / "noise"))
+    assert f"{path} holds samples that are NaN" in capsys.readouterr().out
+
+
 def test_lists_of_another_number_of_sources_are_refused(corpus, prepared, refused, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(corpus, copy)

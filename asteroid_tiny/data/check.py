@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ..errors import UserError
 from .kaldi import SPLITS, NoiseDir, SpeechDir, decode, open_info, read_table
 from .mixing import is_silent, read_list, render
-from .surroundings import RecordedNoise
 
 FULL_SCALE = 0.999
 CLIPPED = 0.001  # share of the samples at full scale above which a recording has clipped
@@ -109,22 +108,23 @@ def check_dir(folder, sample_rate=None, shortest=0.0):
     return findings
 
 
-def check_noise(folder):
-    """What is wrong with a folder of recordings of noise.
+def check_noise(paths):
+    """What is wrong with recordings of noise.
 
     Args:
-        folder (str or Path): The folder.
+        paths (list of str): The recordings.
 
     Returns:
         list of Finding: Empty if all is well.
     """
-    findings = []
-    for path, *_ in RecordedNoise(folder).recordings:
+
+    def look(path):
         try:
             decode(path)
         except UserError as error:
-            findings.append(Finding("unreadable noise", path, str(error)))
-    return findings
+            return Finding("unreadable noise", path, str(error))
+
+    return [finding for finding in _in_threads(look, paths) if finding]
 
 
 def check_list(path, speech_folder, noise=None):
@@ -202,9 +202,14 @@ def _look_at_all(paths, inside, shortest):
     def look(key):
         return key, _look(paths[key], inside.get(key, {}), shortest)
 
+    return dict(_in_threads(look, paths))
+
+
+def _in_threads(look, paths):
+    """What `look` gives for each path (list)."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         looks = pool.map(look, paths)
-        return dict(tqdm(looks, "  checking", len(paths), leave=False, disable=None))
+        return list(tqdm(looks, "  checking", len(paths), leave=False, disable=None))
 
 
 def _look(path, utterances, shortest):
