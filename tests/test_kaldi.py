@@ -241,7 +241,7 @@ def test_lower_and_mixed_rates_are_not_converted(make_dir, refused):
     with refused("has 8000 Hz where"):
         SpeechDir(folder, 16000, convert=True)
     sf.write(next(folder.rglob("ben.wav")), NOISE, 2 * RATE)
-    with refused(folder, "Hz"):
+    with refused("ben.wav has 16000 Hz", "or the others, which have 8000 Hz as anna has"):
         SpeechDir(folder, RATE, convert=True)
 
 

@@ -161,6 +161,8 @@ class SpeechDir:
             may_be_higher = convert and not self.recorded_rate
             if info.samplerate != wanted and not (may_be_higher and info.samplerate > wanted):
                 mend = f"take a model of {info.samplerate} Hz" if convert else "set sample_rate"
+                if convert and self.recorded_rate:
+                    mend = f"the others, which have {wanted} Hz as {next(iter(lengths))} has"
                 raise UserError(
                     f"{wav} has {info.samplerate} Hz where {wanted} Hz are needed; resample it or "
                     f"{mend}"
