@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -244,10 +244,13 @@ def _in_workers(jobs, n_workers):
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["asteroid.metrics"])
     pool = ProcessPoolExecutor(n_workers, context, _start_worker)
+    # Ctrl-C is for the main thread: it breaks off no start, and what this starts never gets it.
+    no_ctrl_c = (signal.SIG_BLOCK, {signal.SIGINT})
+    starter = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=no_ctrl_c)
     running = set()
     try:
         for job in jobs:
-            running.add(_submitted(pool, job))
+            running.add(starter.submit(_submitted, pool, job).result())
             is_full = len(running) >= 4 * n_workers
             done, running = wait(running, None if is_full else 0, FIRST_COMPLETED)
             yield from (future.result() for future in done)
@@ -260,6 +263,7 @@ def _in_workers(jobs, n_workers):
             f"again with fewer workers than {n_workers}"
         ) from error
     finally:
+        starter.shutdown()
         pool.shutdown(cancel_futures=True)
 
 
@@ -274,9 +278,8 @@ def _submitted(pool, job):
 
 
 def _start_worker():
-    """One thread each; Ctrl-C is for the main process; a worker does not outlive that."""
+    """One thread each; a worker does not outlive the main process."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -173,6 +173,25 @@ def test_the_rate_rises_over_a_tenth_of_the_steps_and_then_stays(fresh):
     assert rates == pytest.approx([settings["lr"] * share for share in [0.5] + [1.0] * 19])
 
 
+def test_ctrl_c_ends_a_training_without_a_word_of_its_own(fresh, monkeypatch):
+    exp_dir, settings = fresh
+    seen = []
+
+    def stop(process):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        seen.append((process, int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("multiprocessing.process.BaseProcess.join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_apart(exp_dir, settings, "base")
+    ((process, ignored),) = seen
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL and ignored >> (signal.SIGINT - 1) & 1
+    assert not (exp_dir / "comparison" / "base" / "error.txt").exists()
+
+
 def test_a_training_that_is_done_gives_its_result_again_and_takes_no_step(fresh):
     exp_dir, settings = fresh
     train_contender(exp_dir, settings, "base")

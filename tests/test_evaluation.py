@@ -393,3 +393,15 @@ def test_a_dead_worker_and_ctrl_c_end_the_evaluation(dataset, tmp_path):
         evaluate(model, dataset, tmp_path, n_workers=2)
     assert multiprocessing.active_children() == []
     assert contents(tmp_path) == {}
+
+
+def test_ctrl_c_never_reaches_a_worker(dataset, tmp_path):
+    def look(n_calls, mixture):
+        for child in multiprocessing.active_children():
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            blocked.append(int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16))
+        return mixture
+
+    blocked = []
+    evaluate(Double(dataset.sample_rate, spoil=look), dataset, tmp_path, n_workers=2)
+    assert blocked and all(mask >> (signal.SIGINT - 1) & 1 for mask in blocked)

@@ -31,7 +31,7 @@ from asteroid.masknn import DPRNN, TDConvNet
 from ..config import OF_THE_MACHINE, PUBLICATION, begin_run
 from ..cost import count_macs
 from ..errors import UserError, sentence
-from ..files import whole_file
+from ..files import sweep, whole_file
 from ..models import PRESETS, TinySepformer
 from ..plots import COLOURS, Axes, side_by_side
 from ..preparation import list_path, make_lists, open_list, open_training, prepare_speech
@@ -181,8 +181,14 @@ def train_apart(exp_dir, settings, name):
     process = multiprocessing.get_context("spawn").Process(
         target=_contend, args=(exp_dir, settings, name, error)
     )
-    process.start()
-    process.join()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.start()  # inherits that, as Ctrl-C is for this process
+    signal.signal(signal.SIGINT, before)
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     if process.exitcode < 0:
         killer = signal.Signals(-process.exitcode).name
         _write(error, f"it was ended by {killer}, often for lack of memory")
@@ -232,6 +238,7 @@ def train_contender(exp_dir, settings, name):
     macs = count_macs(shapes)
     system = build_system(model, open_training(exp_dir, settings), None, conf)
     points = Points(open_list(exp_dir, settings, "valid"), conf, steps_of_points(conf))
+    sweep(folder / "checkpoints")
     trainer = build_trainer(folder, conf, [points], max_epochs=-1, limit_val_batches=0)
     fit(trainer, system, folder)
     result = {
