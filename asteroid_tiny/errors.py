@@ -35,6 +35,22 @@ def without_codes(text):
 
 
 @contextlib.contextmanager
+def stopped_in_one_line():
+    """Makes Ctrl-C in the block, if nobody catches it, the line "stopped"; it ends the process."""
+    show = sys.excepthook
+
+    def tell(kind, *error):
+        if kind is KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+        else:
+            show(kind, *error)
+
+    sys.excepthook = tell
+    yield  # what is raised here is shown when the block is long left: the hook stays for it
+    sys.excepthook = show
+
+
+@contextlib.contextmanager
 def exit_on_user_error():
     """Turns a `UserError` into one line on stderr and exit status 2 (for command lines).
 

@@ -146,6 +146,7 @@ def trained_model(exp_dir, settings):
 def evaluate_model(exp_dir, settings):
     """Stage 3: evaluates the model on the test list, writes results and prints the table."""
     from .evaluation import evaluate
+    from .publish import read_summary
     from .report import training_curves, write_report
     from .summary import format_table
 
@@ -153,7 +154,7 @@ def evaluate_model(exp_dir, settings):
     results = exp_dir / "results"
     if (results / "summary.json").exists():
         print("  done before")
-        summary = json.loads((results / "summary.json").read_text())
+        summary = read_summary(results / "summary.json")
     else:
         model = trained_model(exp_dir, settings)
         summary = evaluate(

@@ -1,6 +1,7 @@
 """Trainings that begin with the weights of another model, and say so."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,14 @@ def test_what_is_evaluated_is_the_trained_model_on_the_test_list(make_run, monke
     assert torch.equal(next(trained.parameters()), next(model.parameters()))
     valid, test = (open_list(exp_dir, settings, split).mixtures for split in ("valid", "test"))
     assert mixtures.mixtures == test != valid
+
+
+def test_a_broken_summary_is_named(make_run, refused):
+    exp_dir, settings = make_run()
+    (exp_dir / "results").mkdir()
+    (exp_dir / "results" / "summary.json").write_text("")
+    with refused(exp_dir / "results" / "summary.json", "no JSON"):
+        evaluate_model(exp_dir, settings)
 
 
 def test_models_of_one_window_are_averaged_and_of_two_refused(refused):
@@ -240,3 +249,12 @@ def test_folders_are_where_the_user_is(there, run_folder, tmp_path):
     subprocess.run([*command, "--speech", "voices"], check=True, cwd=tmp_path,
                    env={"PYTHONPATH": str(ROOT)}, capture_output=True)  # fmt: skip
     assert read_conf(exp / "conf.yml")["speech"] == str(tmp_path / "voices")
+
+
+@pytest.mark.parametrize("script", ["configure", "make_lists"])
+def test_ctrl_c_while_packages_are_imported_is_told_without_a_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, ROOT / "local" / f"{script}.py", "there"]
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=paths)
+    assert done.stderr == "stopped\n" and done.returncode == -signal.SIGINT
