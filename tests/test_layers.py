@@ -140,6 +140,27 @@ def test_each_dropout_drops_out_in_training_alone(make, place, dtype):
     assert torch.equal(layer(x, INTRA), layer(x, INTRA))
 
 
+@pytest.mark.parametrize("silent", ["paths", "feed_forward"])
+@pytest.mark.parametrize("make", [TransformerLayer, ConvAttentionLayer])
+def test_both_sums_of_a_layer_lose_half_and_double_the_rest(make, silent):
+    layer, x = make(16, 2, 32, dropout=0.5), torch.randn(1, 20, 30, 16)
+    layer.attention.dropout, layer.feed_forward.dropout = 0.0, nn.Dropout(0.0)
+    paths = layer.path_norms if make is ConvAttentionLayer else layer.attention.out
+    for parameter in (paths if silent == "paths" else layer.feed_forward.narrow).parameters():
+        parameter.data.zero_()
+    kept = (layer.train()(x, INTRA) - x) / (layer.eval()(x, INTRA) - x)
+    gone = kept.abs() < 0.5
+    assert 0.4 < gone.float().mean() < 0.6 and not kept[gone].any()
+    torch.testing.assert_close(kept[~gone].median(), torch.tensor(2.0))
+
+
+def test_hidden_channels_that_drop_out_leave_the_mean():
+    layer, x = shaken(FeedForward(16, 32, dropout=0.5)), torch.randn(5, 16)
+    mean = layer.train()(x.expand(5000, 5, 16)).mean(0)
+    expected = layer.eval()(x)
+    assert (mean - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_normalise_is_layer_norm_in_value_and_gradient(scale):
     x = (scale * torch.randn(3, 4, 8, dtype=torch.double)).requires_grad_()
@@ -168,8 +189,9 @@ def test_a_second_derivative_is_refused_instead_of_wrong():
         grad.square().sum().backward()
 
 
-def test_feed_forward_is_plain_in_value_and_gradients_and_keeps_less():
-    ours = shaken(FeedForward(16, 32))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])  # which in eval is none
+def test_feed_forward_is_plain_in_value_and_gradients_and_keeps_less(dropout):
+    ours = shaken(FeedForward(16, 32, dropout)).eval()
     peer = nn.Sequential(nn.LayerNorm(16, eps=EPS), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     for part, twin in zip((ours.norm, ours.widen, ours.narrow), (peer[0], peer[1], peer[3])):
         twin.load_state_dict(part.state_dict())
@@ -261,10 +283,11 @@ def make_conv_attention_layer():
 def test_a_stack_by_parts_is_the_whole_one(axis, cache, monkeypatch):
     stack = shaken(LayerStack(lambda: TransformerLayer(16, 4, 32), 2, chan=16))
     x = torch.randn(2, 7, 9, 16)
-    whole = stack(x, axis)
+    norm = shaken(MaskerNorm(16))  # over all parts
+    whole = norm(stack(x, axis))
     monkeypatch.setattr(layers, "FRAMES_IN_CACHE", cache)
     with torch.no_grad():
-        assert torch.allclose(stack(x, axis, finish=torch.neg), -whole, atol=1e-5)
+        assert torch.allclose(stack(x, axis, finish=norm), whole, atol=1e-5)
 
 
 @both_axes
@@ -319,6 +342,19 @@ def test_checkpointing_saves_memory(model_class):
     kept = saved_bytes(small(model_class, **sizes), 8000)
     recomputed = saved_bytes(small(model_class, checkpoint_activations=True, **sizes), 8000)
     assert recomputed <= 0.3 * kept
+
+
+def test_what_finishes_a_stack_is_computed_anew_with_its_layers():
+    def layer():
+        return TransformerLayer(16, 4, 32)
+
+    stack, kept = LayerStack(layer, 2, chan=16, checkpoint_activations=True), []
+    for finish in (nn.Identity(), nn.Sequential(nn.Sigmoid(), nn.Sigmoid())):
+        saved = SavedBytes(stack)
+        with saved.count():
+            stack(torch.randn(1, 5, 10, 16), INTRA, finish)
+        kept.append(saved.total)
+    assert kept[0] == kept[1] > 0
 
 
 @pytest.mark.parametrize(

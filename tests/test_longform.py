@@ -54,6 +54,8 @@ def test_blocks_that_differ_join_without_a_step(talk):
     found = np.concatenate(list(separate_stream(Constant(1.0), [talk], **options)), axis=1)[0]
     assert len(found) == len(talk) and found[0] == 1 and found[-1] > 20
     assert np.abs(np.diff(found)).max() < 1e-3
+    early = found[RATE + RATE // 4]  # a quarter into the first overlap, by Hann windows
+    assert early == pytest.approx(1 + np.sin(np.pi / 8) ** 2, abs=1e-3)
 
 
 def test_outputs_change_places_within_20_ms_in_the_middle_of_a_block(monkeypatch):
@@ -85,6 +87,13 @@ def test_any_hop_gives_the_right_level_everywhere(talk, overlap, batch_size, mon
     assert {shape[1] for shape in model.batches} == {2 * RATE}
 
 
+def test_blocks_may_begin_a_few_samples_apart(talk):
+    mixture = talk[: 2 * RATE + 120]
+    parts = separate_stream(Shares(0.75, 0.25), [mixture], 2 + 50 / RATE, 2 + 40 / RATE)
+    found = np.concatenate(list(parts), axis=1)
+    np.testing.assert_allclose(found.sum(0), mixture, atol=1e-6)
+
+
 @pytest.mark.parametrize("block, overlap", [(2.0, 2.0), (2.0, 3.0), (0.0, 0.0), (2.0, -1.0)])
 def test_an_overlap_that_does_not_fit_is_refused(talk, refused, block, overlap):
     with refused(f"{overlap:g} s", f"longer than {max(overlap, 0):g} s"):
@@ -96,7 +105,7 @@ def test_nothing_and_broken_samples_are_refused(talk, refused):
         separate_long(Shares(0.5, 0.5), talk[:0])
     broken = talk.copy()
     broken[150000] = np.nan
-    with refused("NaN"):
+    with refused("the recording holds samples that are NaN"):
         separate_long(Shares(0.5, 0.5), broken)
     with refused("the model gives"):
         separate_long(Shares(0.5, float("inf")), talk)
@@ -238,7 +247,7 @@ def test_below_a_tenth_of_a_second_an_offset_is_all_that_is_taken_off():
     np.testing.assert_allclose(below_speech(voice, RATE), voice.mean(), atol=1e-6)
 
 
-@pytest.mark.parametrize("n_samples", [1, 100])
+@pytest.mark.parametrize("n_samples", [1, 100, 800])
 def test_a_recording_of_a_few_samples_comes_back(talk, n_samples):
     mixture = talk[8000 : 8000 + n_samples]
     found = separate_long(Shares(0.75, 0.25), mixture)

@@ -119,6 +119,12 @@ def test_more_mixtures_of_the_same_pairs_do_not_narrow_the_interval():
     assert many["high"] - many["low"] > 0.8 * (few["high"] - few["low"])
 
 
+def test_an_interval_is_of_what_could_be_computed_however_few_pairs_that_are():
+    speakers = [(f"a{i}", f"b{i}") for i in range(20)]  # draws without any of three are left out
+    mean, low, high = mean_interval([1.0, 2.0, 3.0] + [np.nan] * 17, speakers)
+    assert mean == 2 and 1 <= low < 2 < high <= 3
+
+
 def test_no_interval_over_one_or_two_pairs():
     table = made_up(3)
     for n_pairs in (1, 2):
@@ -128,11 +134,13 @@ def test_no_interval_over_one_or_two_pairs():
         assert "[too few pairs]" in format_table(summary)
 
 
-def test_three_speakers_are_counted_as_triples():
+@pytest.mark.parametrize("more, unit", [("third", "triple"), ("third fourth", "group")])
+def test_three_speakers_are_counted_as_triples_and_four_as_groups(more, unit):
     table = made_up(4)
-    table.speakers += " third"
+    table.speakers += f" {more}"
     text = " ".join(format_table(summarise(table, 8000)).split())
-    assert "n triples" in text and "6 speaker triples (made of 5 speakers)" in text
+    n_speakers = 4 + len(more.split())
+    assert f"n {unit}s" in text and f"6 speaker {unit}s (made of {n_speakers} speakers)" in text
     assert "pairs" not in text
 
 

@@ -68,3 +68,7 @@ def test_the_rate_is_not_halved_in_the_first_steps():
 def test_a_training_has_the_number_of_whole_epochs_that_is_nearest(asked, steps, per_epoch):
     conf = dict(steps=asked, steps_per_epoch=100, warmup_steps=0, cooldown_steps=0)
     assert whole_epochs(conf) == {**conf, "steps": steps, "steps_per_epoch": per_epoch}
+
+
+def test_after_its_end_the_rate_stays_zero():
+    assert rates(Schedule(an_optimizer(), 4, cooldown_steps=2), 7)[3:] == [0.5, 0, 0, 0]

@@ -13,7 +13,7 @@ import torch
 from scipy.signal import resample_poly
 from small import small
 
-from asteroid_tiny import TinySepformer, average, example_mixture, from_pretrained
+from asteroid_tiny import TinySepformer, UserError, average, example_mixture, from_pretrained
 from asteroid_tiny.config import PATHS, read_conf
 from asteroid_tiny.preparation import open_list
 from asteroid_tiny.recipe import (
@@ -134,8 +134,26 @@ def test_models_of_one_window_are_averaged_and_of_two_refused(refused):
     key = "masker.to_mask.weight"
     weights = [model.state_dict()[key] for model in (one, same, mean)]
     assert torch.allclose(weights[2], (weights[0] + weights[1]) / 2)
-    with refused("different classes or arguments"):
-        average([one, other])
+    for another in (other, small(**stft)):
+        with refused("different classes or arguments"):
+            average([one, another])
+
+
+def test_a_mean_is_of_models_that_compute_the_same_however_they_were_trained(refused):
+    class Mine(TinySepformer):
+        pass
+
+    trained = {}, {"dropout": 0.5}, {"checkpoint_activations": True}
+    models = [small(**how).double() for how in trained]
+    mean = average(iter(models))
+    assert not mean.training and mean.get_model_args() == models[0].get_model_args()
+    for key, value in mean.state_dict().items():
+        torch.testing.assert_close(value, sum(m.state_dict()[key] for m in models) / 3)
+    for others in ([small(norm_type="cLN")], [small(mask_act="sigmoid")], [small(Mine)]):
+        with refused("different classes or arguments"):
+            average([small(), *others])
+    with refused("there are no models"):
+        average([])
 
 
 def test_weights_of_another_depth_are_refused(tmp_path, refused):
@@ -216,6 +234,30 @@ def test_weights_that_would_not_mean_the_same_are_refused(frames, words, make_ru
     model = build_model({**make_run()[1], "sample_rate": 16000, **frames})
     with refused(PACKAGED, *words):
         copy_weights(model, PACKAGED)
+
+
+@pytest.mark.parametrize(
+    "misfit",
+    [
+        dict(kernel_size=16),
+        dict(stride=8),
+        dict(n_filters=12),
+        dict(n_filters=33),
+        dict(fb_name="analytic_free"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_rate_want_filters_that_last_as_long(misfit, tmp_path, refused):
+    low = small(sample_rate=8000, n_filters=32, kernel_size=16, stride=8)
+    sizes = dict(sample_rate=16000, n_filters=32, kernel_size=32, stride=16)
+    high = small(**sizes)
+    for name, model in (("low.pth", low), ("high.pth", high)):
+        model.save(tmp_path / name)
+    copy_weights(high, tmp_path / "low.pth")
+    with refused("it wants filters as long as its own", "--kernel_size 32 --stride 16"):
+        copy_weights(small(**{**sizes, **misfit}), tmp_path / "low.pth")
+    with pytest.raises(UserError, match="not for 8000 Hz$"):  # there is nothing to be done
+        copy_weights(low, tmp_path / "high.pth")
 
 
 @pytest.mark.parametrize(

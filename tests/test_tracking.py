@@ -127,6 +127,14 @@ def test_where_speech_overlaps_no_memory_is_needed(conversations):
         assert wrong_share(sources, ours(sources, 12, memory=False)) < 0.01
 
 
+def test_the_overlap_counts_where_it_is_more_than_half_a_block(conversations):
+    sources = conversations[0][:, : 60 * RATE]
+    starts = [start for start, _ in cut([sources[0]], 12 * RATE, 3 * RATE)]
+    options = dict(block=12.0, overlap=9.0, memory=False)
+    found = separate_long(Oracle(sources, starts), sources.sum(0), **options)
+    assert wrong_share(sources, found) < 0.01
+
+
 def test_a_stream_without_memory_takes_no_notice_of_voices(conversations):
     shares = []
     for sources in conversations[:3]:
