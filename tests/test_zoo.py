@@ -10,7 +10,11 @@ import soundfile as sf
 
 from asteroid_tiny import TinySepformer, example_mixture, from_pretrained, list_models
 from asteroid_tiny.hub import ZOO
+from asteroid_tiny.inspection import DEFAULT, WIDE
 
+#: The defaults of the tools and of the recipes, and one for three speakers: separated by every run
+#: of the tests, the others by those of the slow ones. That no file changed is tested for all.
+OFTEN = DEFAULT, WIDE, "tiny-sepformer-xs_2spk_8k", "tiny-sepformer-xs_3spk_8k"
 SCRIPT = "egs/minispeech/TinySepformer/local/make_example.py"
 
 
@@ -24,7 +28,10 @@ def maker():
     return module
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in list_models()],
+)
 def test_packaged_weights_separate_as_their_card_says(name, maker):
     told = list_models()[name]["minispeech"]
     found = maker.improvement(from_pretrained(name).eval())
