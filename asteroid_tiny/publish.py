@@ -227,6 +227,9 @@ def model_card(config, about):
     facts = config["training"]
     trained = f" It was trained for {facts['steps']} steps" if "steps" in facts else ""
     trained += f" on {facts['hours']:.3g} h of mixtures" if trained and "hours" in facts else ""
+    if trained and "device" in facts:
+        took = f" in {facts['minutes'] / 60:.2g} h" if "minutes" in facts else ""
+        trained += f",{took} on {'a CPU' if facts['device'] == 'CPU' else facts['device']}"
     start = facts.get("init_from")
     began = f" It began with the weights of {start['name']}" if start else ""
     if began and start.get("data"):

@@ -22,7 +22,6 @@ import hashlib
 import inspect
 import json
 import shlex
-import time
 from pathlib import Path
 
 import torch
@@ -115,12 +114,10 @@ def _train_model(exp_dir, settings, target):
         say(f"  begins with {settings['init_from'] or 'random'} weights")
     speech = open_training(exp_dir, settings)
     valid = open_list(exp_dir, settings, "valid")
-    began = time.time()
     outcome = train(model, speech, valid, exp_dir, settings)
     if outcome is None:  # the first process does the rest
         return
     outcome["device"] = torch.cuda.get_device_name() if on_gpu(settings) else "CPU"
-    outcome["minutes_since_last_start"] = round((time.time() - began) / 60, 1)
     with whole_file(exp_dir / "training.json") as part:
         part.write_text(json.dumps(outcome, indent=2) + "\n")
     model.save(target)  # last: it says that the training is done

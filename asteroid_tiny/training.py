@@ -20,6 +20,7 @@ from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr, pairwise_neg_snr
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
+    Timer,
     TQDMProgressBar,
 )
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -182,7 +183,8 @@ def train(model, train_speech, valid_set, exp_dir, conf):
         conf (dict): The keys of the `data` and `training` sections of conf.yml.
 
     Returns:
-        dict: `steps`, `val_si_sdr` (best, dB); None in all processes but the first.
+        dict: `steps`, `minutes` (all starts together, up to the checkpoints they went on from),
+        `val_si_sdr` (best, dB); None in all processes but the first.
 
     Raises:
         UserError: If a checkpoint is broken, the disk is full or the loss is no number.
@@ -203,7 +205,8 @@ def train(model, train_speech, valid_set, exp_dir, conf):
     best = checkpoints(exp_dir, "best", monitor="val_loss")
     average = [EMAWeightAveraging(decay=conf["average"])] if conf["average"] else []
     epochs = conf["steps"] // conf["steps_per_epoch"]
-    trainer = build_trainer(exp_dir, conf, [*average, best], max_epochs=epochs)
+    timer = Timer()
+    trainer = build_trainer(exp_dir, conf, [*average, best, timer], max_epochs=epochs)
     fit(trainer, system, exp_dir)
     if not trainer.is_global_zero:
         return None
@@ -215,7 +218,11 @@ def train(model, train_speech, valid_set, exp_dir, conf):
             f"{exp_dir / 'checkpoints'}"
         ) from None
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
-    return {"steps": trainer.global_step, "val_si_sdr": -float(best.best_model_score)}
+    return {
+        "steps": trainer.global_step,
+        "minutes": round(timer.time_elapsed() / 60, 1),
+        "val_si_sdr": -float(best.best_model_score),
+    }
 
 
 def build_system(model, train_speech, valid_set, conf):

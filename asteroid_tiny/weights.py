@@ -275,9 +275,11 @@ def told(infos):
         del infos["training"]["data"]
     metrics = infos["metrics"].items()
     infos["metrics"] = {k: v for k, v in metrics if v is None or _is_number(v)}
-    for key in ("steps", "hours"):
+    for key in ("steps", "hours", "minutes"):
         if not _is_number(infos["training"].get(key, 0)):
             del infos["training"][key]
+    if not isinstance(infos["training"].get("device", ""), str):
+        del infos["training"]["device"]
     if not _is_start(infos["training"].get("init_from")):
         infos["training"].pop("init_from", None)
     return {key: value for key, value in infos.items() if value != {}}

@@ -67,7 +67,8 @@ def test_the_memory_that_info_tells_grows_with_the_length(separator):
 
 def test_numbers_of_strangers_are_numbers():
     metrics = {"si_sdr_i": 10**400, "sdr_i": True, "stoi": float("nan"), "sdr": 5.0}
-    kept = told({"metrics": metrics, "training": {"steps": 5, "hours": "many", "init_from": "x"}})
+    training = {"steps": 5, "hours": "many", "minutes": None, "device": 1, "init_from": "x"}
+    kept = told({"metrics": metrics, "training": training})
     assert kept == {"metrics": {"sdr": 5.0}, "training": {"steps": 5}}
 
 

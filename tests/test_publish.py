@@ -412,10 +412,12 @@ def test_a_card_tells_whose_data_it_began_with_and_whom_to_thank(tmp_path, about
     start = {"name": "base", "data": {"name": "Base Corpus", "licence": "CC BY-NC 4.0"}}
     about |= dict(training={"steps": 5, "hours": 1, "init_from": start}, data_author="A. Nonym",
                   credits="read by B. Reader", licence="My Own Licence 1")  # fmt: skip
+    about["training"] |= {"device": "CPU", "minutes": 90}
     card = (publish(small(), tmp_path / "p", about) / "README.md").read_text()
     words = " ".join(card.split())
     assert "began with the weights of base, which were trained on Base Corpus (CC BY-NC" in words
     assert "by A. Nonym; licence" in words and "read by B. Reader" in words
+    assert "trained for 5 steps on 1 h of mixtures, in 1.5 h on a CPU." in words
     assert "license: other license_name: my-own-licence-1" in words
 
 

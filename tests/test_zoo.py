@@ -70,10 +70,11 @@ def test_the_example_of_the_readme_separates_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_a_card_tells_data_licence_metrics_and_limits(name):
+def test_a_card_tells_data_training_licence_metrics_and_limits(name):
     about, card = list_models()[name], (ZOO / name / "README.md").read_text(encoding="utf-8")
     assert about["training"]["data"]["licence"] in card and about["licence"] in card
     assert f"{about['metrics']['si_sdr_i']:.2f}" in card
+    assert f"h on {about['training']['device']}." in " ".join(card.split())
     assert "## Limits" in card and "run.sh" in card
     weights = (ZOO / name / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == about["sha256"]
