@@ -111,7 +111,9 @@ def test_nothing_and_broken_samples_are_refused(talk, refused):
         separate_long(Shares(0.5, float("inf")), talk)
 
 
-@pytest.mark.parametrize("options", [dict(batch_size=0), dict(block=np.nan), dict(overlap=np.inf)])
+@pytest.mark.parametrize(
+    "options", [dict(batch_size=0), dict(batch_size=1.5), dict(block=np.nan), dict(overlap=np.inf)]
+)
 def test_options_that_make_no_sense_are_refused(talk, refused, options):
     with refused("must be finite"):
         separate_long(Shares(0.5, 0.5), talk, **options)

@@ -151,10 +151,11 @@ def _separate_blocks(
 
     A recording of up to `short` blocks is one; errors call it by its `name`.
     """
-    if not (math.isfinite(block) and math.isfinite(overlap) and batch_size >= 1):
+    whole = batch_size >= 1 and batch_size % 1 == 0
+    if not (math.isfinite(block) and math.isfinite(overlap) and whole):
         raise UserError(
-            f"block and overlap must be finite numbers of seconds, batch_size at least 1, not "
-            f"{block}, {overlap} and {batch_size}"
+            f"block and overlap must be finite numbers of seconds, batch_size a whole number of at "
+            f"least 1, not {block}, {overlap} and {batch_size}"
         )
     size = round(block * model.sample_rate)
     hop = size - round(overlap * model.sample_rate)
@@ -164,7 +165,7 @@ def _separate_blocks(
             f"longer than {max(overlap, 0):g} s"
         )
     parameter = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
-    for batch in _batches(cut(pieces, size, hop, short * size), batch_size):
+    for batch in _batches(cut(pieces, size, hop, short * size), int(batch_size)):
         mixtures = np.stack([mixture for _, mixture in batch])
         if not np.isfinite(mixtures).all():
             raise UserError(f"{name} holds samples that are NaN or infinite")
