@@ -73,6 +73,9 @@ TABLES = {
     "table": {"utt2spk": "s0 a\ns0 b\ns1 a\ns2 b\ns3 c\n"},
     "broken speaker": {"utt2spk": "s0 a\ns1 a b\ns2 b\ns3 c\n"},
     "length": {"utt2num_samples": "s0 32000\ns1 32000\ns2 2000000\ns3 32000\n"},
+    "missing": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s4 0 1\n"},
+    "missing ": {"wav.scp": f"s0 s0.wav\ns1 s1.wav\ns2 s2.wav\ns3 {'a' * 300}.wav\n"},
+    "length ": {"utt2num_samples": "s0 32000\ns1 32000\ns2 31999\ns3 32000\n"},
     "no speaker": {"utt2spk": "s0 a\ns1 a\ns2 b\n"},
     "broken segment": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s3 zero 1\n"},
     "broken segment ": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 inf\ns3 s3 0 1\n"},
@@ -92,6 +95,18 @@ def test_check_and_use_agree_on_the_last_sample(make_dir, voices):
 def test_a_fault_of_a_table_is_found(make_dir, voices, kind):
     found = check_speech(make_dir(voices, tables=TABLES[kind]))
     assert kind.strip() in kinds(found) and all(finding.fatal for finding in found)
+
+
+def test_told_lengths_are_of_utterances_where_recordings_are_cut(make_dir, voices):
+    tables = {"segments": "s0 s0 0 1\n", "utt2num_samples": "s0 8000\n"}
+    assert check_speech(make_dir({"s0": voices["s0"]}, tables=tables)) == []
+
+
+def test_a_list_is_checked_with_speech_of_a_higher_rate(make_dir, voices, tmp_path):
+    folder = make_dir(voices, rate=16000)
+    speech = SpeechDir(folder, 8000, convert=True)
+    write_list(tmp_path / "list.csv", draw_list(speech, 4, 2, 4000, seed=1), 8000)
+    assert check_list(tmp_path / "list.csv", folder) == []
 
 
 def test_broken_noise_is_found(voices, tmp_path):

@@ -86,6 +86,17 @@ def test_without_segments_each_recording_is_an_utterance(make_dir):
     assert speech.spk2gender == {} and speech.spk2production == {}
 
 
+def test_what_is_drawn_does_not_depend_on_the_order_of_the_tables(make_dir):
+    keys = ["b-1", "a-2", "c-1", "a-1"]
+    lists = []
+    for name, order in (("one", keys), ("other", keys[::-1])):
+        tables = {"utt2spk": "".join(f"{key} {key[0]}\n" for key in order)}
+        recordings = {key: NOISE[1000 * int(key[-1]) :] for key in order}
+        speech = SpeechDir(make_dir(recordings, name=name, tables=tables))
+        lists.append(draw_list(speech, 9, 2, 4000, seed=0))
+    assert lists[0] == lists[1]
+
+
 def test_wav_paths_are_relative_to_the_data_dir_or_absolute(make_dir, tmp_path, monkeypatch):
     far = make_dir({"x": NOISE[:800], "y": NOISE[800:2400]}, name="far away")
     table = f"x ../far away/x.wav\ny {far / 'y.wav'}\n"
@@ -173,6 +184,14 @@ def sound(name, samples, rate=RATE):
     return lambda folder: sf.write(folder / name, samples, rate)
 
 
+def forget_length(path):
+    """Makes a FLAC file tell no length, as one that was written to a pipe."""
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+
+
 GARBAGE = RNG.bytes(3000)
 REFUSED_DIRS = {
     "no folder": (shutil.rmtree, "is not a folder"),
@@ -193,6 +212,10 @@ REFUSED_DIRS = {
         "utt2spk cannot be read",
     ),
     "no recording file": (drop("anna.wav"), "anna.wav is missing"),
+    "name too long for a file": (
+        put("wav.scp", f"anna {'a' * 300}.wav\nben ben.wav"),
+        "is missing",
+    ),
     "recording is a folder": (put("wav.scp", "anna .\nben ben.wav"), "is missing"),
     "empty recording": (put("anna.wav", b""), "anna.wav"),
     "garbage recording": (put("anna.wav", GARBAGE), "anna.wav cannot be read as audio"),
@@ -202,6 +225,18 @@ REFUSED_DIRS = {
         "anna.raw",
     ),
     "half a header": (cut("anna.wav", 30), "anna.wav cannot be read as audio"),
+    "told to be empty, and is": (
+        lambda folder: (cut("ben.wav", 44)(folder), put("utt2num_samples", "ben 0\n")(folder)),
+        "ben.wav holds no samples",
+    ),
+    "flac of a pipe": (
+        lambda folder: (
+            sound("ben.flac", NOISE)(folder),
+            forget_length(folder / "ben.flac"),
+            put("wav.scp", "anna anna.wav\nben ben.flac")(folder),
+        ),
+        "ben.flac does not tell its length",
+    ),
     "header alone": (cut("anna.wav", 44), "anna.wav holds no samples"),
     "stereo": (sound("anna.wav", np.zeros((800, 2))), "anna.wav has 2 channels"),
     "other rate": (sound("anna.wav", np.zeros(800), 16000), "anna.wav has 16000 Hz"),

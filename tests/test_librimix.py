@@ -241,6 +241,30 @@ def test_broken_metadata_are_named(corpus, tmp_path, refused, change):
         librimix.read_metadata(path)
 
 
+def test_of_two_rows_of_one_id_the_last_counts(corpus, prepared, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    path = copy / "metadata" / "Libri2Mix" / "libri2mix_test-clean.csv"
+    *rows, last = path.read_text().splitlines()
+    name, file, gain, rest = last.split(",", 3)
+    path.write_text("\n".join([*rows, f"{name},{file},0.125,{rest}", last]))
+    exp_dir, settings = prepared(speech=str(copy))
+    _, mixture = open_list(exp_dir, settings, "test").mixtures
+    assert mixture.sources[0].gain == pytest.approx(20 * np.log10(float(gain)))
+
+
+@pytest.mark.parametrize("other, speaker", [("train-clean-100", "100"), ("dev-clean", "110")])
+def test_a_speaker_of_another_part_in_test_is_refused(
+    corpus, prepared, refused, tmp_path, other, speaker
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    speech = copy / "LibriSpeech"
+    shutil.copytree(speech / other / speaker, speech / "test-clean" / speaker)
+    with refused(f"speaker '{speaker}' is in", "and in test"):
+        prepared(speech=str(copy))
+
+
 def test_metadata_that_name_missing_speech(corpus, prepared, refused, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(corpus, copy)

@@ -133,6 +133,18 @@ def test_a_wrong_checksum_leaves_no_speech(served, fetching, refused, monkeypatc
         fetching(served())
 
 
+@pytest.mark.parametrize("part", ["dev-clean", "another"])
+def test_an_archive_that_is_broken_or_another_is_named(served, refused, tmp_path, part):
+    server, place = served(), tmp_path / "LibriSpeech"
+    path = server.folder / "dev-clean.tar.gz"
+    if part == "dev-clean":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    archive = librimix.Archive(path.name, None, 0.001, 0.002)  # no checksum tells it
+    with refused("dev-clean.tar.gz", "delete it to fetch it again"):
+        librimix.fetch_archives({place / part: archive}, server.url)
+    assert {path.name for path in place.iterdir()} == {"dev-clean.tar.gz", ".lock"}
+
+
 def test_an_address_that_does_not_exist_is_named(served, fetching, refused):
     server = served()
     (server.folder / "dev-clean.tar.gz").unlink()

@@ -69,6 +69,32 @@ def test_names_may_have_what_unicode_takes_for_the_end_of_a_line(voices, make):
     assert sum(len(speech.utterances) for speech in make(voices).values()) == 16
 
 
+def test_recordings_are_found_by_any_suffix_that_libsndfile_knows(voices, make):
+    for path in list(voices.rglob("a.wav")):
+        sf.write(path.with_suffix(".sph"), sf.read(path)[0], 8000, format="NIST")
+        path.rename(path.with_suffix(".WAV"))
+    assert sum(len(speech.utterances) for speech in make(voices).values()) == 24
+
+
+def test_a_tenth_of_the_speakers_is_for_each_of_valid_and_test_by_their_names_alone(tmp_path):
+    sides = own.split_speakers([f"s{i}" for i in range(60)], None, tmp_path, 2)
+    assert [list(sides.values()).count(split) for split in SPLITS] == [48, 6, 6]
+    test = {speaker for speaker, side in sides.items() if side == "test"}
+    assert test == set("s8 s13 s27 s5 s15 s3".split()), "in any process and version"
+
+
+def test_silence_stays_silence_when_it_is_converted(tmp_path):
+    sf.write(tmp_path / "a.wav", np.zeros(800), 8000)
+    own.convert(tmp_path / "a.wav", tmp_path / "made.flac", 16000)
+    assert not sf.read(tmp_path / "made.flac")[0].any()
+
+
+def test_names_may_be_as_long_as_a_file_system_has_them(voices, make):
+    path = voices / "speaker 1" / "day one" / "b c.flac"
+    path.rename(path.with_name("b" * 250 + ".flac"))
+    assert sum(len(speech.utterances) for speech in make(voices).values()) == 16
+
+
 def test_conversion_is_done_once(voices, make, tmp_path, monkeypatch):
     make(voices)
     monkeypatch.setattr(own, "convert", None)
@@ -129,6 +155,7 @@ def test_kaldi_dir_keeps_its_utterances_and_genders(make, pack):
             assert utterance == original.utterances[key]
         for speaker in speech.by_speaker:
             assert speech.spk2gender[speaker] == original.spk2gender[speaker]
+            assert speech.spk2production[speaker] == original.spk2production[speaker]
     assert sum(len(speech.utterances) for speech in made.values()) == len(original.utterances)
 
 
@@ -142,16 +169,29 @@ def test_splits_that_there_are_stay_and_valid_comes_out_of_train(make, voices):
     assert len(made["train"].by_speaker) == 4 and len(made["valid"].by_speaker) == 2
 
 
+def test_speech_for_validation_may_be_called_dev(make, voices, refused):
+    for i, path in enumerate(sorted(voices.glob("speaker*"))):
+        part = voices / ("train" if i < 4 else "dev" if i < 6 else "test")
+        part.mkdir(exist_ok=True)
+        path.rename(part / path.name)
+    made = make(voices)
+    assert [len(made[split].by_speaker) for split in SPLITS] == [4, 2, 2]
+    assert list(made["valid"].by_speaker) == ["speaker_4", "speaker_5"]
+    (voices / "test").rename(voices / "eval")
+    with refused("has train and dev, but no test"):
+        make(voices)
+
+
 def test_paths_of_a_corpus_may_start_above_its_data_dir(make, voices):
     lines = {"wav.scp": "", "utt2spk": ""}
     for i, path in enumerate(sorted(voices.rglob("a.wav"))):
         path.rename(voices / f"{i}.wav")
         lines["wav.scp"] += f"u{i} {i}.wav\n"
         lines["utt2spk"] += f"u{i} s{i}\n"
-    (voices / "train").mkdir()
+    (voices / "data" / "train").mkdir(parents=True)
     for table, text in lines.items():
-        (voices / "train" / table).write_text(text)
-    made = make(voices / "train")
+        (voices / "data" / "train" / table).write_text(text)
+    made = make(voices / "data" / "train")
     assert sum(len(speech.utterances) for speech in made.values()) == 8
 
 
@@ -213,6 +253,12 @@ def test_two_folders_do_not_become_one_speaker(make, voices, refused):
         make(voices)
 
 
+def test_a_recording_is_not_of_two_speakers_by_a_link(voices, make, refused):
+    (voices / "speaker 9").symlink_to(voices / "speaker 1")
+    with refused("speaker 9/day one/a.wav is a recording of speaker 'speaker_1', too"):
+        make(voices)
+
+
 def test_a_full_disk_leaves_no_half_of_a_conversion(tmp_path, clips, refused):
     source = tmp_path / "a.wav"
     sf.write(source, np.tile(next(iter(clips.values())), 4), 16000)
@@ -234,13 +280,21 @@ def test_what_is_wrong_gets_one_sentence(make, voices, refused, tmp_path):
     with refused("there is no folder", "--speech"):
         make(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with refused("neither wav.scp nor a folder"):
+    with refused("neither wav.scp nor a folder", "not M4A"):
         make(tmp_path / "empty")
+    for value, words in (("cat a.wav |", "'a' is a command"), ("a.wav", "names a.wav for 'a'")):
+        (tmp_path / "empty" / "wav.scp").write_text(f"a {value}\n")
+        (tmp_path / "empty" / "utt2spk").write_text("a a\n")
+        with refused(words):
+            make(tmp_path / "empty")
     (voices / "spk2split").write_text("speaker_0 dev\n")
     with refused("'speaker_0': must be train or valid or test, not 'dev'"):
         make(voices)
     (voices / "spk2split").write_text("".join(f"speaker_{i} train\n" for i in range(8)))
     with refused("spk2split gives no speaker to valid"):
+        make(voices)
+    (voices / "spk2split").write_text("speaker_0 train\nspeaker_l valid\nspeaker_2 test\n")
+    with refused("'speaker_l': there is no such speaker"):
         make(voices)
     (voices / "spk2split").unlink()
     twin = voices / "speaker 0" / "day one_a.wav"

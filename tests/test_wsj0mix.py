@@ -132,10 +132,11 @@ def copy(corpus, tmp_path):
     return tmp_path / "copy"
 
 
-def test_mixtures_that_are_not_sums_are_reported(copy, prepared, capsys):
-    path = next((copy / "2speakers" / "wav8k" / "min" / "tt" / "mix").glob("*"))
-    samples, _ = sf.read(path, dtype="int16")
-    sf.write(path, samples // 2, 8000)
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_mixtures_that_are_not_sums_are_reported(copy, prepared, capsys, subtype):
+    for path in (copy / "2speakers" / "wav8k" / "min" / "tt").rglob("*.wav"):
+        samples, _ = sf.read(path)
+        sf.write(path, samples / 2 if path.parent.name == "mix" else samples, 8000, subtype)
     prepared(speech=str(copy))
     said = capsys.readouterr().out
     assert said.count("steps of 16 bits from the sums") == 1 and "tt/mix" in said

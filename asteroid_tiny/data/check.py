@@ -220,7 +220,7 @@ def _look(path, utterances, shortest):
             return info.samplerate, None, [Finding("channels", str(path), str(info.channels))]
         samples = decode(path)
     except UserError as error:
-        kind = "NaN" if "NaN" in str(error) else "unreadable" if Path(path).exists() else "missing"
+        kind = "NaN" if "NaN" in str(error) else "unreadable" if os.path.exists(path) else "missing"
         return None, None, [Finding(kind, str(path), str(error))]
     if samples.dtype == np.int16:
         samples = samples.astype(np.float32) / 32768

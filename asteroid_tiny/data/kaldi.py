@@ -15,6 +15,7 @@ Without `segments` each recording is one utterance. Commands in wav.scp (``... |
 import collections
 import copy
 import fnmatch
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,8 +150,9 @@ class SpeechDir:
         lengths = {}
         self.recorded_rate = None
         for recording, wav in tqdm(self.wavs.items(), **BAR):
-            if self.recorded_rate and known.get(recording, "").isdecimal():
-                lengths[recording] = int(known[recording])
+            told = known.get(recording, "")
+            if self.recorded_rate and told.isdecimal() and int(told):
+                lengths[recording] = int(told)
                 continue
             info = open_info(wav)
             if info.channels != 1 and not self.first_channel:
@@ -315,7 +317,7 @@ class RecordingCache:
 
 def open_info(path):
     """`soundfile.info` of a file, with a `UserError` if it is missing or no audio."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # also where one may not look
         raise UserError(f"{path} is missing")
     try:
         info = sf.info(path)

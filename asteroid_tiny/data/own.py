@@ -4,7 +4,8 @@ Taken are
 
 - a Kaldi data dir (see `kaldi`),
 - a folder with one folder of recordings a speaker, at any depth below it, or
-- a folder with ``train``, ``valid`` and ``test``, each one of these; ``valid`` may be missing.
+- a folder with ``train``, ``valid`` and ``test``, each one of these; ``valid`` may be missing, or
+  be called ``dev``.
 
 Where the speakers are not split already, a file ``spk2split`` (lines ``speaker train|valid|test``)
 says who goes where; without it a hash of their names does, so that few move when speakers are
@@ -61,12 +62,16 @@ def find_parts(source):
     """The folders to read, by the split that they are for; ``None`` for all splits."""
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; give the one with your speech as --speech")
-    if (source / "train").is_dir() and (source / "test").is_dir():
-        splits = {split: source / split for split in SPLITS if (source / split).is_dir()}
-        if "valid" not in splits:  # taken out of train
-            splits = {"train and valid": splits["train"], "test": splits["test"]}
-        return splits
-    return {None: source}
+    splits = {split: source / split for split in SPLITS if (source / split).is_dir()}
+    if "valid" not in splits and (source / "dev").is_dir():
+        splits["valid"] = source / "dev"
+    if splits.keys() == {"train", "valid"}:
+        raise UserError(f"{source} has train and {splits['valid'].name}, but no test")
+    if not {"train", "test"} <= splits.keys():
+        return {None: source}
+    if "valid" not in splits:  # taken out of train
+        splits["train and valid"] = splits.pop("train")
+    return splits
 
 
 def read_part(folder):
@@ -92,14 +97,14 @@ def find_recording(folder, key, value):
     if value.endswith("|"):
         raise UserError(f"{folder / 'wav.scp'}: {key!r} is a command; name a file instead")
     for start in (folder, *folder.absolute().parents[:2]):
-        if (start / value).is_file():
+        if os.path.isfile(start / value):
             return str((start / value).absolute())
     raise UserError(f"{folder / 'wav.scp'} names {value} for {key!r}, which is missing")
 
 
 def read_folders(folder):
     """Tables of a folder with one folder of recordings a speaker."""
-    tables, folders = {"wav.scp": {}, "utt2spk": {}}, {}
+    tables, folders, speakers = {"wav.scp": {}, "utt2spk": {}}, {}, {}
     for path in sorted(files_below(folder)):
         inside = path.relative_to(folder)
         if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2:
@@ -122,12 +127,17 @@ def read_folders(folder):
                 f"{path} and {other} would both be utterance {utterance!r}, as blanks and slashes "
                 "become _; rename one"
             )
+        whose = speakers.setdefault(os.path.realpath(path), speaker)
+        if whose != speaker:
+            raise UserError(
+                f"{path} is a recording of speaker {whose!r}, too, by a link; remove one of them"
+            )
         tables["wav.scp"][utterance] = str(path.absolute())
         tables["utt2spk"][utterance] = speaker
     if not tables["utt2spk"]:
         raise UserError(
             f"{folder} is no speech: it has neither wav.scp nor a folder with recordings for "
-            "each speaker"
+            "each speaker, of a format that libsndfile opens (not M4A)"
         )
     return tables
 
