@@ -353,10 +353,10 @@ def _refuse_idle(options, published):
 
 
 def _publish_run(options):
-    from .config import PUBLICATION, read_conf
+    from .config import PUBLICATION, read_run
     from .recipe import publish_model
 
-    settings = read_conf(Path(options.source) / "conf.yml")
+    settings = read_run(options.source)
     given = {key: getattr(options, key) for key in PUBLICATION if getattr(options, key)}
     about = {"name": options.name} if options.name else {}
     return publish_model(options.source, settings, options.out, given, **about)
@@ -365,8 +365,9 @@ def _publish_run(options):
 def _publish_any(options):
     from .hub import locate
     from .models import Sepformer, from_pretrained
-    from .publish import publish, read_summary
+    from .publish import publish
     from .speechbrain import is_speechbrain
+    from .summary import read_summary
     from .weights import open_stored
 
     for key in ("out", "name", "summary"):

@@ -73,6 +73,12 @@ OF_NULL = {
     **dict.fromkeys(PATHS, str),
     **dict.fromkeys(("data_name", "data_licence", "data_url", "data_author"), str),
 }
+#: Settings that every run has, with values of their types.
+OF_A_RUN = {
+    **dict.fromkeys(("preset", "speech", "corpus", "accelerator"), "auto"),
+    **dict.fromkeys(("n_src", "sample_rate", "batch_size", "steps", "seed"), 1),
+    **dict.fromkeys(("segment", "lr"), 1.0),
+}
 
 
 class Loader(yaml.SafeLoader):
@@ -262,9 +268,30 @@ def per_process(conf):
     return conf["batch_size"] // processes
 
 
+def read_run(exp_dir, known=OF_A_RUN):
+    """The settings of a run that was begun, in which somebody may have written since (dict).
+
+    Args:
+        exp_dir (str or Path): Folder of the run.
+        known (dict): Settings with values of their types; an older run may lack those beyond
+            `OF_A_RUN`.
+
+    Raises:
+        UserError: If its conf.yml is missing or broken.
+    """
+    path = Path(exp_dir) / "conf.yml"
+    settings = read_conf(path)
+    for key in OF_A_RUN:
+        if settings.get(key) is None:
+            raise UserError(f"{path} lacks {key!r}; restore that line, or delete that folder")
+    given = {key: settings[key] for key in known if settings.get(key) is not None}
+    checked = merge(known, given, path)
+    return settings | {key: checked[key] for key in given}
+
+
 def open_run(description):
     """For stage scripts: the run folder that the command line names, and its settings."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("exp_dir", type=Path, help="folder of the run, as configure.py makes it")
     exp_dir = parser.parse_args().exp_dir
-    return exp_dir, read_conf(exp_dir / "conf.yml")
+    return exp_dir, read_run(exp_dir)

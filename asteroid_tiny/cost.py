@@ -2,13 +2,13 @@
 training that follows from them."""
 
 import copy
-import json
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from . import layers
+from .files import read_json
 from .models import PRESETS
 
 FULL_HOURS = 2000  # of mixtures: some 65 epochs of WSJ0-2mix's 30 h
@@ -21,7 +21,7 @@ def training_cost(exp_dir, settings, model):
     Arithmetic, exact in the operations: two a multiply-accumulate, and a backward pass of twice
     the forward pass.
     """
-    done = json.loads((Path(exp_dir) / "training.json").read_text())
+    done = read_training(exp_dir, device=str)
     hours = done["steps"] * settings["batch_size"] * settings["segment"] / 3600
     with torch.device("meta"):  # shapes alone are enough to count
         models = {name: of.from_preset(name) for name, (of, _) in PRESETS.items()}
@@ -42,6 +42,16 @@ def training_cost(exp_dir, settings, model):
             f"{gpu_hours:6.1f} h"
         )
     return "\n".join(lines)
+
+
+def read_training(exp_dir, **shape):
+    """What stage 2 left in training.json (dict): `steps`, and what else must be there.
+
+    Raises:
+        UserError: If it is missing or broken.
+    """
+    hint = "run stage 2 again without best_model.pth"
+    return read_json(Path(exp_dir) / "training.json", {"steps": int, **shape}, hint)
 
 
 def count_macs(model):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, printable
 
 LEFT = re.compile(r"\..{0,30}\.[0-9a-f]{8}\.[0-9]+\.part(\..*)?", re.DOTALL)
 AN_HOUR = 3600  # s
@@ -205,6 +206,48 @@ def reason(error):
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "a file is in the place of a folder"
     return error.strerror or str(error)
+
+
+def read_json(path, shape, hint):
+    """The content of a JSON file that this package wrote, and others may have changed since.
+
+    Args:
+        path (str or Path): The file.
+        shape: What it must hold: a type, some of them in a tuple, a list of one shape that all
+            items have, or a dictionary with the shapes of some keys.
+        hint (str): What makes it anew.
+
+    Raises:
+        UserError: If it is missing, no JSON, or holds something else.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.json"
+        >>> _ = path.write_text('{"steps": [1, 2]}')
+        >>> read_json(path, {"steps": [int]}, "train again")
+        {'steps': [1, 2]}
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({printable(error)}); delete it and {hint}") from None
+    if not has_shape(content, shape):
+        raise UserError(f"{path} does not hold what it should; delete it and {hint}")
+    return content
+
+
+def has_shape(content, shape):
+    """Whether plain data have a shape, see `read_json`."""
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(has_shape(item, shape[0]) for item in content)
+    if not isinstance(shape, dict):
+        return isinstance(content, shape)
+    found = content if isinstance(content, dict) else {}
+    return all(key in found and has_shape(found[key], shape[key]) for key in shape)
 
 
 def files_below(folder, above=()):

@@ -6,7 +6,6 @@ The folder serves three readers: `from_pretrained` of this package (``model.safe
 hub's metadata on top. All files hold the same weights.
 """
 
-import json
 import re
 import shutil
 import textwrap
@@ -18,7 +17,7 @@ import yaml
 from . import __version__, hub
 from .errors import UserError
 from .files import LEFT, make_folder, reason, whole_folder
-from .summary import GROUP, METRICS, SPARE, UNITS, format_table
+from .summary import GROUP, METRICS, SPARE, UNITS, format_table, is_summary
 from .weights import CONFIG, WEIGHTS, read_config, save_whole
 
 CARD, PACKAGE = "README.md", "model.pth"  # the latter is Asteroid's name
@@ -113,14 +112,10 @@ def _check(about, model):
         raise UserError(f"nothing is published without the {what}; give {options}")
     _checked_name(about["name"])
     summary = about["summary"]
-    try:
-        values = [summary["groups"]["all"][name]["mean"] for name in METRICS]
-        rate, _ = summary["sample_rate"], format_table(summary)
-        numbers = [rate, summary["n_mixtures"], *(value for value in values if value is not None)]
-        if not all(isinstance(number, (int, float)) for number in numbers):
-            raise TypeError
-    except (KeyError, TypeError, ValueError, AttributeError):
+    if not is_summary(summary):
         raise UserError("the metrics are no summary of an evaluation (results/summary.json)")
+    values = [summary["groups"]["all"][name]["mean"] for name in METRICS]
+    rate = summary["sample_rate"]
     if None in values[: METRICS.index("input_sdr")]:
         raise UserError("nothing is published without metrics, and the SI-SDR is missing")
     if SPARE in summary["groups"]["all"]:
@@ -361,19 +356,3 @@ def push(folder, repo, private=False):
             commit_message=f"Model made with asteroid_tiny {__version__}",
         )
     return commit.commit_url
-
-
-def read_summary(path):
-    """A summary.json of an evaluation.
-
-    Raises:
-        UserError: If it is missing or broken.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; run stage 3 first") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None

@@ -27,13 +27,14 @@ from pathlib import Path
 import torch
 
 from .config import FOLDERS, MAY_CHANGE, PUBLICATION, read_conf, recipe_folder
-from .cost import training_cost
+from .cost import read_training, training_cost
 from .errors import UserError
 from .files import alone, sweep, whole_file
 from .hub import list_models
 from .models import PRESETS, from_pretrained
 from .preparation import list_path, open_list, open_training
 from .transfer import copy_weights
+from .weights import told
 
 #: Parameters times frames a second of a packaged model that a CPU evaluates beside one's own.
 CPU_COST = 3e8
@@ -125,7 +126,7 @@ def _train_model(exp_dir, settings, target):
     print(f"  model: {target}")
 
 
-def trained_model(exp_dir, settings):
+def trained_model(exp_dir):
     """The model that stage 2 left, in eval mode.
 
     Raises:
@@ -134,9 +135,8 @@ def trained_model(exp_dir, settings):
     path = exp_dir / "best_model.pth"
     if not path.exists():
         raise UserError(f"{path} is missing; run stage 2 (to its end) first")
-    model_class, _ = PRESETS[settings["preset"]]
     try:
-        return model_class.from_pretrained(path)
+        return from_pretrained(path)
     except UserError as error:
         raise UserError(f"{error}. Delete it and run stage 2, which makes it again") from None
 
@@ -144,9 +144,8 @@ def trained_model(exp_dir, settings):
 def evaluate_model(exp_dir, settings):
     """Stage 3: evaluates the model on the test list, writes results and prints the table."""
     from .evaluation import evaluate
-    from .publish import read_summary
     from .report import training_curves, write_report
-    from .summary import format_table
+    from .summary import format_table, read_summary
 
     exp_dir = Path(exp_dir)
     results = exp_dir / "results"
@@ -154,7 +153,7 @@ def evaluate_model(exp_dir, settings):
         print("  done before")
         summary = read_summary(results / "summary.json")
     else:
-        model = trained_model(exp_dir, settings)
+        model = trained_model(exp_dir)
         summary = evaluate(
             model,
             open_list(exp_dir, settings, "test"),
@@ -177,6 +176,7 @@ def compare_packaged(exp_dir, settings):
     On a CPU only those that are small and quick, which take a minute.
     """
     from .evaluation import evaluate
+    from .summary import read_summary
 
     exp_dir, device = Path(exp_dir), "cuda" if on_gpu(settings) else "cpu"
     mixtures = open_list(exp_dir, settings, "test")
@@ -192,8 +192,7 @@ def compare_packaged(exp_dir, settings):
         if not (folder / "summary.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             evaluate(from_pretrained(name), mixtures, folder, device, settings["eval_workers"])
-        summary = json.loads((folder / "summary.json").read_text())
-        mean = summary["groups"]["all"]["si_sdr_i"]["mean"]
+        mean = read_summary(folder / "summary.json")["groups"]["all"]["si_sdr_i"]["mean"]
         if mean is not None:
             print(f"The packaged {name} has an SI-SDRi of {mean:.2f} dB on the same mixtures.\n")
 
@@ -216,26 +215,24 @@ def publish_model(exp_dir, settings, folder=None, given=(), **about):
     Returns:
         Path: The folder.
     """
-    from .publish import publish, read_summary
+    from .publish import publish
+    from .summary import read_summary
 
     exp_dir = Path(exp_dir)
     defaults = recipe_defaults(exp_dir)
     settings = {**{key: defaults.get(key) for key in PUBLICATION}, **settings, **dict(given)}
-    told = [key for key in ("data_name", "data_licence") if settings[key] == defaults.get(key)]
-    if told and settings["speech"] != defaults.get("speech"):
+    ours = [key for key in ("data_name", "data_licence") if settings[key] == defaults.get(key)]
+    if ours and settings["speech"] != defaults.get("speech"):
         raise UserError(
             f"the speech in {settings['speech']} is not that of the recipe, whose name and "
-            f"licence it cannot bear; give {' and '.join(f'--{key}' for key in told)}"
+            f"licence it cannot bear; give {' and '.join(f'--{key}' for key in ours)}"
         )
     if settings["speech"] != defaults.get("speech"):  # nor who made it, nor where
         for key in ("data_author", "data_url"):
             settings[key] = None if settings[key] == defaults.get(key) else settings[key]
     summary = read_summary(exp_dir / "results" / "summary.json")
-    model = trained_model(exp_dir, settings)
-    try:
-        training = json.loads((exp_dir / "training.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{exp_dir}/training.json is missing or broken; run stage 2") from None
+    model = trained_model(exp_dir)
+    training = told({"training": read_training(exp_dir)})["training"]
     training["hours"] = training["steps"] * settings["batch_size"] * settings["segment"] / 3600
     if settings["init_from"]:
         training["init_from"] = about_start(settings["init_from"])
@@ -290,8 +287,8 @@ def run_command(exp_dir, settings):
     }
     options = {"stage": 0, "recipe": recipe_folder(exp_dir).parent.name, **given}
     texts = {key: "null" if value is None else str(value) for key, value in options.items()}
-    told = (f"--{key} {shlex.quote(text)}" for key, text in texts.items())
-    return f"./run.sh {' '.join(told)}"
+    words = (f"--{key} {shlex.quote(text)}" for key, text in texts.items())
+    return f"./run.sh {' '.join(words)}"
 
 
 def recipe_defaults(exp_dir):

@@ -6,7 +6,6 @@ It is made of what `evaluate` left in a folder, so that it can be made anew at a
 import base64
 import html
 import io
-import json
 import re
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from .errors import UserError
+from .errors import UserError, printable
 from .evaluation import example_name
 from .files import whole_file
 from .plots import Axes, loudest, side_by_side, spectrogram
-from .summary import format_table, units_of
+from .summary import format_table, read_summary, units_of
 
 STYLE = """
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 1rem/1.45 system-ui, sans-serif;
@@ -36,6 +35,7 @@ audio { height: 2.2rem; margin-top: .3rem; }
 .note, footer { font-size: .85rem; color: #555; white-space: pre-line; }
 footer { margin-top: 2.5em; border-top: 1px solid #ddd; padding-top: .6em; }
 """
+WORDS, NUMBERS = ("mixture_id", "speakers", "genders"), ("input_si_sdr", "si_sdr", "si_sdr_i")
 COLUMNS = {  # of the table: metric, title, digits
     "si_sdr_i": ("SI-SDRi", 2),
     "input_si_sdr": ("SI-SDR in", 2),
@@ -63,14 +63,16 @@ def write_report(results, title, credits="", curves=()):
         UserError: If there are no results, or the page cannot be written.
     """
     results = Path(results)
-    try:
-        summary = json.loads((results / "summary.json").read_text())
-        words = {"mixture_id": str, "speakers": str}  # of which NA is one like others
-        table = pd.read_csv(
-            results / "metrics.csv", dtype=words, keep_default_na=False, na_values=[""]
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{results} holds no results to report: {error}") from None
+    summary = read_summary(results / "summary.json")
+    kinds = {**dict.fromkeys(WORDS, str), **dict.fromkeys(NUMBERS, float)}
+    empty = dict.fromkeys(NUMBERS, [""])  # NA is a word like others
+    table = _read_table(
+        results / "metrics.csv",
+        dtype=kinds,
+        usecols=[*kinds],
+        keep_default_na=False,
+        na_values=empty,
+    )
     measured = table[table.si_sdr_i.notna()]  # none of single speakers
     plots = [plot(measured) for plot in (_histogram, _against_input, _by_genders) if len(measured)]
     sections = [
@@ -96,6 +98,15 @@ def write_report(results, title, credits="", curves=()):
     with whole_file(results / "report.html") as part:
         part.write_text(page, encoding="utf-8")
     return results / "report.html"
+
+
+def _read_table(path, **options):
+    try:
+        return pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is missing or broken ({printable(error)}); delete its folder and run again"
+        ) from None
 
 
 def _table(summary):
@@ -231,11 +242,12 @@ def training_curves(exp_dir):
     """
     logs = Path(exp_dir).glob("logs/*/metrics.csv")
     logs = sorted(logs, key=lambda log: (len(log.parent.name), log.parent.name))  # 2 before 10
-    tables = [pd.read_csv(log) for log in logs if log.stat().st_size]  # none of a run killed early
-    tables = [table for table in tables if "si_sdr" in table]
+    logs = [log for log in logs if log.stat().st_size]  # none of a run killed early
+    tables = [_read_table(log, dtype=float) for log in logs]
+    tables = [table for table in tables if {"step", "si_sdr"} <= {*table}]
     if not tables:
         return []
-    log = pd.concat(tables).sort_values("step", kind="stable")
+    log = pd.concat(tables)
     pictures = []
     trained, validated = (_series(log, name) for name in ("si_sdr", "val_si_sdr"))
     smooth = trained.rolling(25, min_periods=1).mean()

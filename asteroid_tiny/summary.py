@@ -10,6 +10,9 @@ import textwrap
 import numpy as np
 import pandas as pd
 
+from .errors import UserError
+from .files import has_shape, read_json
+
 # No SAR of the input: a sum of sources has no artifacts, its SAR is rounding noise near 280 dB.
 METRICS = ("input_si_sdr", "si_sdr", "si_sdr_i", "input_sdr", "sdr", "sdr_i")
 METRICS += ("input_sir", "sir", "sir_i", "sar", "input_stoi", "stoi", "stoi_i")
@@ -19,6 +22,16 @@ SNR, SPARE = "snr", "spare_level"
 #: What the bootstrap draws, by the number of speakers in a mixture; of more they are groups.
 UNITS = {1: "speaker", 2: "speaker pair", 3: "speaker triple"}
 GROUP = "speaker group"  # of more
+NUMBER = (int, float)
+COUNTS = dict.fromkeys(("n_mixtures", "n_speakers", "n_speaker_pairs"), int)
+MEAN = {**dict.fromkeys(("mean", "low", "high"), (*NUMBER, type(None))), "n_missing": int}
+#: Of a summary, as far as it is shown.
+SHAPE = {
+    **COUNTS,
+    "sample_rate": NUMBER,
+    "bootstrap": {"unit": str, "draws": int},
+    "groups": {"all": dict},
+}
 
 
 def summarise(table, sample_rate, seed=0):
@@ -102,6 +115,28 @@ def mean_interval(values, speakers, seed=0):
     table = pd.DataFrame({"value": values}, dtype=float)
     ((_, low, high),) = _intervals(table, pairs, seed)
     return float(table.value.mean()), low, high
+
+
+def is_summary(found):
+    """Whether plain data are what `summarise` gives, as far as it is shown."""
+    if not has_shape(found, SHAPE) or found["bootstrap"]["unit"] not in (*UNITS.values(), GROUP):
+        return False
+    groups = list(found["groups"].values())
+    if not has_shape(groups, [{**COUNTS, **dict.fromkeys(METRICS, MEAN)}]):
+        return False
+    return has_shape([g[key] for g in groups for key in (SNR, SPARE) if key in g], [MEAN])
+
+
+def read_summary(path):
+    """A summary.json of an evaluation.
+
+    Raises:
+        UserError: If it is missing or broken.
+    """
+    summary = read_json(path, dict, "run stage 3")
+    if not is_summary(summary):
+        raise UserError(f"{path} is no summary of an evaluation; delete it and run stage 3")
+    return summary
 
 
 def main_metric(table):

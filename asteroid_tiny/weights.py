@@ -266,13 +266,17 @@ def told(infos):
     """What a stranger tells of a model, without the parts that are not what they should be (dict).
 
     `training`, `data` in it and `metrics` are dictionaries, if they are there; metrics are numbers
-    or None.
+    or None, data words or None, and the licence is a word.
     """
     infos = dict(infos) if isinstance(infos, dict) else {}
     for key in ("training", "metrics"):
         infos[key] = dict(infos[key]) if isinstance(infos.get(key), dict) else {}
-    if not isinstance(infos["training"].get("data", {}), dict):
-        del infos["training"]["data"]
+    data = infos["training"].pop("data", None)
+    if isinstance(data, dict):
+        words = {key: x for key, x in data.items() if x is None or isinstance(x, str)}
+        infos["training"]["data"] = words
+    if not isinstance(infos.get("licence", ""), str):
+        del infos["licence"]
     metrics = infos["metrics"].items()
     infos["metrics"] = {k: v for k, v in metrics if v is None or _is_number(v)}
     for key in ("steps", "hours", "minutes"):

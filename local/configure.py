@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 try:
-    from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_conf, read_recipe
+    from asteroid_tiny.config import PATHS, begin_run, merge, parse_options, read_recipe, read_run
     from asteroid_tiny.errors import UserError, exit_on_user_error
     from asteroid_tiny.preparation import check_options
     from asteroid_tiny.recipe import build_model, without_foreign_start
@@ -42,7 +42,7 @@ def main(recipe, tag, *options):
     rate = f"{settings['sample_rate'] / 1000:g}k"
     tag = tag or f"{settings['preset']}_{settings['n_src']}spk_{rate}"
     exp_dir = recipe_dir / "exp" / tag
-    begun = read_conf(exp_dir / "conf.yml") if (exp_dir / "conf.yml").exists() else {}
+    begun = read_run(exp_dir, defaults) if (exp_dir / "conf.yml").exists() else {}
     of_run = {**settings, **begun, **{key: settings[key] for key in given}}
     check_options(of_run, defaults, given)
     build_model(settings)

@@ -215,6 +215,20 @@ def test_the_page_tells_what_was_measured(quick, run_folder):
     assert "SpeechBrain's SepFormer was not measured" in (folder / "benchmark.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "change", [None, [], {}, {"about": []}, {"measured": 3}, {"measured": [{}]}], ids=str
+)
+def test_figures_that_are_none_are_measured_anew(tmp_path, change):
+    about = stage.describe_machine()
+    task = {"kind": "machine"}
+    kept = {"about": about, "measured": [{"task": task, "rows": [{"flops": 1.0}]}]}
+    if change is not None:
+        kept = {**kept, **change} if change else change
+    (tmp_path / "benchmark.json").write_text(json.dumps(kept))
+    found = stage.kept_figures(tmp_path / "benchmark.json", about, [task])
+    assert [*found] == ([(None, "machine")] if change is None else [])
+
+
 def test_a_peer_that_is_not_installed_is_left_out_and_named(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "speechbrain", None)
     names = "tiny-sepformer-xs,speechbrain-re-sepformer"

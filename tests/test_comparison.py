@@ -363,6 +363,16 @@ def test_a_killed_comparison_continues_and_names_who_failed(fresh, tmp_path):
     assert again is None and result_of(exp_dir, "kernel-3") == continued
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": [{}]}'])
+def test_a_broken_result_is_named(fresh, refused, text):
+    exp_dir, settings = fresh
+    path = exp_dir / "comparison" / "base" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with refused(path, "delete it and run stage 6 again"):
+        compare(exp_dir, {**settings, "contenders": "base"})
+
+
 def test_budgets_of_a_comparison_stay(fresh, refused):
     exp_dir, settings = fresh
     train_contender(exp_dir, settings, "base")

@@ -11,6 +11,7 @@ from asteroid_tiny import PRESETS, TinySepformer
 from asteroid_tiny.config import (
     BELOW,
     MAY_BE_ZERO,
+    OF_A_RUN,
     OF_NULL,
     OF_THE_MACHINE,
     begin_run,
@@ -18,6 +19,7 @@ from asteroid_tiny.config import (
     parse_options,
     read_conf,
     read_recipe,
+    read_run,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,6 +280,26 @@ def test_a_run_without_recorded_noise_gets_none_later(tmp_path, refused):
     begin(tmp_path / "exp" / "run")
     with refused("begun with noise_dir None"):
         begin(tmp_path / "exp" / "run", "--noise_dir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"preset": None}, "lacks 'preset'"),
+        ({"batch_size": "many"}, "batch_size must be a whole number, not 'many'"),
+        ({"speech": ["a"]}, "speech must be a word"),
+        ({"fit": [1]}, None),  # of another version
+    ],
+    ids=str,
+)
+def test_a_run_whose_settings_were_spoilt_is_named(tmp_path, refused, change, words):
+    settings = {**OF_A_RUN, **change}
+    (tmp_path / "conf.yml").write_text(yaml.safe_dump({"settings": settings}))
+    if words is None:
+        assert read_run(tmp_path) == settings
+        return
+    with refused(tmp_path / "conf.yml", words):
+        read_run(tmp_path)
 
 
 def test_the_settings_of_a_run_are_written_whole(tmp_path, monkeypatch):

@@ -317,7 +317,9 @@ def test_silence_everywhere_leaves_no_numbers_but_ends_well(dataset, tmp_path):
 
 
 def spoil_third(n_calls, mixture):
-    return mixture * float("nan") if n_calls == 3 else mixture
+    mixture = mixture.clone()
+    mixture[:, 5] = float("nan") if n_calls == 3 else 0
+    return mixture
 
 
 @pytest.mark.parametrize(
@@ -325,6 +327,7 @@ def spoil_third(n_calls, mixture):
     [
         (lambda rate: Double(rate, spoil=spoil_third), "NaN or infinite samples for mixture mix/2"),
         (lambda rate: Double(rate, n_src=1), r"mixture mix/0 has 2 sources"),
+        (lambda rate: Double(rate, spoil=lambda _, x: x[:, 1:]), r"mixture mix/0 has 2 sources"),
         (lambda rate: Double(rate + 1), r"Hz, the test set at"),
     ],
 )
@@ -407,3 +410,20 @@ def test_ctrl_c_never_reaches_a_worker(dataset, tmp_path):
     blocked = []
     evaluate(Double(dataset.sample_rate, spoil=look), dataset, tmp_path, n_workers=2)
     assert blocked and all(mask >> (signal.SIGINT - 1) & 1 for mask in blocked)
+
+
+def test_nothing_to_evaluate_is_refused(dataset, tmp_path, refused):
+    with refused("the test set holds no mixture"):
+        evaluate(Double(dataset.sample_rate), Mixtures(0), tmp_path / "out", n_workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_is_that_of_the_bootstrap(dataset, done, tmp_path):
+    found = evaluate(Oracle(dataset), dataset, tmp_path, n_workers=0, seed=7)
+    assert found["bootstrap"]["seed"] == 7 and done[1]["bootstrap"]["seed"] == 0
+
+
+def test_a_single_speaker_in_noise_can_be_improved():
+    clean, noise = np.random.default_rng(0).normal(size=(2, 1, 8000))
+    row = evaluation.measure((clean + noise)[0], clean, clean + 0.1 * noise, 8000)
+    assert row["si_sdr_i"] == pytest.approx(20, abs=0.5)

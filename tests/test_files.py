@@ -15,6 +15,7 @@ import pytest
 from asteroid_tiny.files import (
     alone,
     files_below,
+    read_json,
     sweep,
     temporary_folder,
     whole_file,
@@ -346,3 +347,30 @@ def test_a_temporary_folder_that_cannot_be_made_is_told(tmp_path, refused, monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with refused("no temporary folder can be made", "set TMPDIR"), temporary_folder():
         pass
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "is missing; measure again"),
+        (b"", "is no JSON"),
+        (b"\xff", "is no JSON"),
+        (100_000 * b"[", "is no JSON"),
+        (b"3", "does not hold what it should; delete it and measure again"),
+        (b"[]", "does not hold"),
+        (b"{}", "does not hold"),
+        (b'{"rows": {}}', "does not hold"),
+        (b'{"rows": [{"at": 1}, {"at": "x"}]}', "does not hold"),
+        (b'{"rows": [{"at": 1}], "more": 0}', None),
+    ],
+    ids=lambda part: str(part)[:30],
+)
+def test_json_that_is_not_what_it_should_be_is_named(content, words, tmp_path, refused):
+    path, shape = tmp_path / "a.json", {"rows": [{"at": (int, float)}]}
+    if content is not None:
+        path.write_bytes(content)
+    if words is None:
+        assert read_json(path, shape, "measure again")["more"] == 0
+        return
+    with refused(path, words):
+        read_json(path, shape, "measure again")

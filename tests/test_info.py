@@ -72,6 +72,14 @@ def test_numbers_of_strangers_are_numbers():
     assert kept == {"metrics": {"sdr": 5.0}, "training": {"steps": 5}}
 
 
+def test_words_of_strangers_are_words():
+    data = {"name": 3, "licence": "CC0", "url": None}
+    assert told({"licence": ["mit"], "training": {"data": data}}) == {
+        "training": {"data": {"licence": "CC0", "url": None}}
+    }
+    assert told({"licence": "mit"}) == {"licence": "mit"}
+
+
 def test_info_tells_times_in_the_units_that_it_names(tmp_path, capsys):
     small(kernel_size=32, stride=8, chunk_size=100).save(tmp_path / "model.pth")
     cli.main(["info", str(tmp_path / "model.pth")])

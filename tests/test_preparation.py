@@ -1,5 +1,6 @@
 """Stages 0 and 1 beside the speech itself: where a run lies, what is verified, idle options."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import soundfile as sf
 from recipes import ROOT, settings_of
 from sounds import level
 
-from asteroid_tiny import evaluation, preparation
+from asteroid_tiny import evaluation, list_models, preparation
 from asteroid_tiny.config import merge
 from asteroid_tiny.data import librimix
 from asteroid_tiny.data.mixing import render
@@ -33,13 +34,16 @@ def recipe(little_speech, tmp_path):
     return folder
 
 
-def test_runs_may_lie_on_another_disk(recipe, tmp_path):
+def test_runs_may_lie_on_another_disk(recipe, tmp_path, capsys):
     (tmp_path / "scratch" / "exp").mkdir(parents=True)
     (recipe / "exp").symlink_to(tmp_path / "scratch" / "exp")
     (tmp_path / "local").symlink_to(ROOT / "local")
     settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
-    prepare_speech(recipe / "exp" / "run", settings)
-    make_lists(recipe / "exp" / "run", settings)
+    del settings["noise_dir"]  # which an older run does not have
+    for _ in range(2):
+        prepare_speech(recipe / "exp" / "run", settings)
+        make_lists(recipe / "exp" / "run", settings)
+    assert capsys.readouterr().out.count("2 mixtures, made before") == 2
     assert (tmp_path / "scratch" / "exp" / "run" / "lists" / "test.csv").exists()
     assert recipe_defaults(recipe / "exp" / "run")["preset"] == "tiny-sepformer-s"
 
@@ -48,6 +52,9 @@ def test_the_speech_of_the_repository_is_verified_and_nobody_elses(recipe, refus
     settings = settings_of("minispeech")
     (recipe / "data" / "SHA256SUMS").write_text(f"\n{'0' * 64} *train/wav.scp\n")
     with refused("wav.scp has changed", "git checkout"):
+        prepare_speech(recipe / "exp" / "run", settings)
+    (recipe / "data" / "SHA256SUMS").write_text(f"{'0' * 64}  gone.flac\n")
+    with refused("gone.flac is missing", "git checkout"):
         prepare_speech(recipe / "exp" / "run", settings)
     elsewhere = (recipe / "data").rename(tmp_path / "elsewhere")
     prepare_speech(recipe / "exp" / "run", {**settings, "speech": str(elsewhere)})
@@ -62,6 +69,9 @@ def test_recorded_noise_is_looked_at_first(recipe, refused, tmp_path, capsys):
     prepare_speech(recipe / "exp" / "run", settings)
     told = " ".join(capsys.readouterr().out.split())
     assert "noise 1 recordings 0.1 minutes" in told
+    sf.write(tmp_path / "noises" / "fan.wav", np.full(48000, np.nan), 16000, subtype="FLOAT")
+    with refused("1 fault(s)"):
+        make_lists(recipe / "exp" / "run", settings)
 
 
 def test_speech_that_would_stop_a_training_stops_it_before(recipe, refused):
@@ -72,6 +82,7 @@ def test_speech_that_would_stop_a_training_stops_it_before(recipe, refused):
     sf.write(spoilt, np.full(8000, np.nan), 8000, subtype="FLOAT")
     with refused("1 fault(s) in the speech", "--check false"):
         make_lists(exp_dir, settings)
+    make_lists(exp_dir, {**settings, "check": False})
     assert not (exp_dir / "check.txt").exists()
     table = recipe / "data" / "valid" / "utt2spk"
     whose = table.read_text().split()[1]
@@ -136,6 +147,7 @@ def test_options_that_name_nothing_are_refused(option, words):
         ("minispeech", {"dynamic_mixing": False}, ("needs dynamic_mixing true",)),
         ("minispeech", {"batch_size": 3, "devices": 2}, ("cannot be shared out",)),
         ("wsj0-mix", {"least_overlap": 0.9, "overlap_ratio": 0.2}, ("--least_overlap 0.9",)),
+        ("minispeech", {"least_overlap": 0.2, "overlap_ratio": 0.2}, ("--least_overlap 0.2",)),
         ("librimix", {"silent_sources": 0.1, "reverb": 0.5, "noise": 0.5}, None),
         ("minispeech", {"eval_segment": 2.0, "colour": 3.0}, None),
         ("minispeech", {"noise_dir": "noises"}, ("--noise_dir", "without --noise")),
@@ -152,15 +164,18 @@ def test_options_that_change_nothing_or_do_not_fit_are_refused(corpus, given, wo
         check_options(settings, defaults, given)
 
 
-def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(recipe, monkeypatch, capsys):
+def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(
+    recipe, monkeypatch, capsys, summary, refused
+):
     settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
     exp_dir, evaluated = recipe / "exp" / "run", []
 
     def evaluate(model, mixtures, folder, *_):
         evaluated.append(folder)
         assert (model.n_src, model.sample_rate) == (2, 8000)
-        summary = {"groups": {"all": {"si_sdr_i": {"mean": float(len(evaluated))}}}}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        found = copy.deepcopy(summary)
+        found["groups"]["all"]["si_sdr_i"]["mean"] = float(len(evaluated))
+        (folder / "summary.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     prepare_speech(exp_dir, settings)
@@ -177,5 +192,34 @@ def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(recipe, mo
         sf.write(path, -samples, rate)
     compare_packaged(exp_dir, settings)
     assert len(set(evaluated)) == len(evaluated) == 2 * n_fitting
+    others = {name: {**about, "sha256": "0"} for name, about in list_models().items()}
+    monkeypatch.setattr("asteroid_tiny.recipe.list_models", lambda: others)
+    compare_packaged(exp_dir, settings)
+    assert len(set(evaluated)) == len(evaluated) == 3 * n_fitting, "and of other weights"
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert f"SI-SDRi of {len(evaluated)}.00 dB" in last
+    (evaluated[-1] / "summary.json").write_text("[]")
+    with refused(evaluated[-1] / "summary.json", "delete it and run stage 3"):
+        compare_packaged(exp_dir, settings)
+
+
+def test_a_gpu_has_the_time_for_more_of_the_packaged_weights(recipe, monkeypatch, summary, capsys):
+    settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
+    exp_dir, evaluated = recipe / "exp" / "run", []
+    summary = copy.deepcopy(summary)
+    summary["groups"]["all"]["si_sdr_i"]["mean"] = None  # nothing could be measured
+
+    def evaluate(model, mixtures, folder, device, *_):
+        evaluated.append((folder.name.partition("_2spk_8k_")[0], device))
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    prepare_speech(exp_dir, settings)
+    make_lists(exp_dir, settings)
+    compare_packaged(exp_dir, settings)
+    n_on_cpu = len(evaluated)
+    compare_packaged(exp_dir, {**settings, "accelerator": "auto"})
+    assert evaluated[n_on_cpu:] == [("tiny-sepformer-xs-stride8", "cuda")]
+    assert {device for _, device in evaluated[:n_on_cpu]} == {"cpu"}
+    assert "dB on the same mixtures" not in capsys.readouterr().out

@@ -146,6 +146,8 @@ def test_speech_of_ones_own_is_not_by_those_who_made_the_recipes(
     assert config["dtype"] == "float16" and config["sample_rate"] == rate
     named = f"tiny-sepformer-xs_2spk_{rate // 1000}k"
     assert named in list_models() and config["name"] == f"{named}_minispeech"
+    publish_model(exp_dir, settings | dict(data_name="M", data_licence="CC0", data_author="Me"))
+    assert "M by Me; licence: CC0" in (exp_dir / "publish" / "README.md").read_text()
 
 
 def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, refused):
@@ -157,7 +159,7 @@ def test_metrics_of_another_rate_are_no_metrics_of_the_model(tmp_path, about, re
 
 def test_metrics_of_fewer_speakers_are_no_metrics_of_the_model(tmp_path, about, refused):
     summary = copy.deepcopy(about["summary"])
-    summary["groups"]["all"]["spare_level"] = dict(mean=-30.0, low=None, high=None)
+    summary["groups"]["all"]["spare_level"] = dict(mean=-30.0, low=None, high=None, n_missing=0)
     with refused("fewer speakers than 2"):
         publish(small(), tmp_path / "p", about | {"summary": summary})
 

@@ -161,7 +161,7 @@ def test_ids_of_digits_keep_their_zeros_and_na_is_an_id(results, tmp_path):
 def test_the_page_counts_what_became_worse_and_draws_medians(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
     table = pd.read_csv(tmp_path / "copy" / "metrics.csv")
-    table = table.assign(si_sdr_i=[-1.0, -2, 3, 4, 5, 6, 90], genders=["m m"] * 7)
+    table = table.assign(si_sdr_i=[-1.0, -2, 0, 4, 5, 6, 90], genders=["m m"] * 7)
     table.to_csv(tmp_path / "copy" / "metrics.csv", index=False)
     page = write_report(tmp_path / "copy", "some").read_text()
     assert ">29 % of the mixtures became worse." in page and ">median 4.0 dB<" in page
@@ -172,9 +172,60 @@ def test_the_page_counts_what_became_worse_and_draws_medians(results, tmp_path):
     assert f"<td>7</td><td>{found['n_speaker_pairs']}</td></tr>" in page
 
 
-def test_no_results_are_refused(tmp_path, refused):
-    with refused(tmp_path, "no results"):
+def test_no_results_are_refused(results, tmp_path, refused):
+    with refused(tmp_path / "summary.json", "is missing", "stage 3"):
         write_report(tmp_path, "nothing")
+    shutil.copytree(results, tmp_path / "copy")
+    path = tmp_path / "copy" / "metrics.csv"
+    text = path.read_text()
+    for spoilt in ("", "a,b\n1,2\n", text.replace("genders", "x"), text.replace("0.", "no")):
+        path.write_text(spoilt)
+        with refused(path, "is missing or broken"):
+            write_report(tmp_path / "copy", "nothing")
+
+
+def test_names_from_outside_stay_words(results, tmp_path):
+    shutil.copytree(results, tmp_path / "copy")
+    for folder in [*(tmp_path / "copy" / "examples").iterdir()]:
+        folder.rename(folder.with_name(folder.name.replace("mix", "mix_")))
+    table = pd.read_csv(tmp_path / "copy" / "metrics.csv")
+    names = table.mixture_id.str.replace("mix", "mix/")
+    genders = ["m f", "f m", "f m", "unknown f", "m f", "f m", "m f"]
+    table = table.assign(mixture_id=names, speakers="<i>a b", genders=genders, si_sdr_i=3.0)
+    table.to_csv(tmp_path / "copy" / "metrics.csv", index=False)
+    page = write_report(tmp_path / "copy", "a <model>").read_text()
+    assert page.count("&lt;i&gt;a b</h3>") == 5 and page.count("a &lt;model&gt;") == 2
+    assert "<i>" not in page and "<model>" not in page
+    assert ">f+m<" in page and ">m+f<" not in page
+    assert ">unknown<" in page and ">different<" in page
+
+
+@pytest.mark.parametrize(
+    "text", ["\n\n", 'a,b\n1,"2', "step,si_sdr\nx,1\n", "a\n1\n1,2,3\n"], ids=repr
+)
+def test_a_broken_log_is_named(tmp_path, refused, text):
+    log = tmp_path / "logs" / "version_0" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text(text)
+    with refused(log, "is missing or broken"):
+        write_curves(tmp_path)
+
+
+def test_the_last_start_of_a_run_has_the_last_word(tmp_path):
+    logs = {9: "step,si_sdr\n9,1\n19,2\n", 10: "step,si_sdr\n19,5\n", 11: ""}
+    logs |= {12: "a\n1\n", 13: "step,val_si_sdr\n19,1\n"}  # stopped before they told anything
+    for version, text in logs.items():
+        log = tmp_path / "logs" / f"version_{version}" / "metrics.csv"
+        log.parent.mkdir(parents=True)
+        log.write_text(text)
+    (picture,) = training_curves(tmp_path)
+    root = ElementTree.fromstring(picture)
+    trained = next(root.iter("{http://www.w3.org/2000/svg}polyline")).get("points").split()
+    heights = [float(point.split(",")[1]) for point in trained]
+    axes = Axes([9, 19], [1, 3], "", "")  # the mean of 1 and 5 comes last
+    axes.line([9, 19], [1, 3])
+    wanted = re.search('points="([^"]*)"', axes.svg())[1].split()
+    assert heights == [float(point.split(",")[1]) for point in wanted]
 
 
 def test_curves_go_on_over_a_stop(run_logs, tmp_path):

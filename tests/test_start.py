@@ -1,5 +1,7 @@
 """Trainings that begin with the weights of another model, and say so."""
 
+import json
+import os
 import shlex
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import recipes
 import soundfile
 import torch
+import yaml
 from scipy.signal import resample_poly
 from small import small
 
@@ -32,6 +35,15 @@ PACKAGED = "tiny-sepformer-xs_2spk_8k"
 AS_PACKAGED = dict.fromkeys(
     key for key in recipes.SMALL if key in read_conf(ROOT / "local" / "conf.yml", section="model")
 )
+
+
+HOLD = """
+import sys
+from asteroid_tiny.files import alone
+with alone(sys.argv[1], "trains"):
+    print(flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -116,12 +128,70 @@ def test_what_is_evaluated_is_the_trained_model_on_the_test_list(make_run, monke
     assert mixtures.mixtures == test != valid
 
 
-def test_a_broken_summary_is_named(make_run, refused):
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        {"bootstrap": {}},
+        {"bootstrap": {"unit": "", "draws": 9}},
+        {"groups": {}},
+        {"groups": {"all": {}}},
+        {"sample_rate": "fast"},
+    ],
+    ids=str,
+)
+def test_a_broken_summary_is_named(make_run, summary, refused, change):
     exp_dir, settings = make_run()
     (exp_dir / "results").mkdir()
-    (exp_dir / "results" / "summary.json").write_text("")
-    with refused(exp_dir / "results" / "summary.json", "no JSON"):
-        evaluate_model(exp_dir, settings)
+    path = exp_dir / "results" / "summary.json"
+    path.write_text("" if change is None else json.dumps({**summary, **change}))
+    for stage in (evaluate_model, publish_model):
+        with refused(path, "no JSON" if change is None else "is no summary", "run stage 3"):
+            stage(exp_dir, settings)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"steps": "many"}'])
+def test_a_broken_record_of_the_training_is_named(make_run, summary, refused, monkeypatch, text):
+    exp_dir, settings = make_run()
+    (exp_dir / "results").mkdir()
+    (exp_dir / "results" / "summary.json").write_text(json.dumps(summary))
+    build_model(settings).save(exp_dir / "best_model.pth")
+    if text is not None:
+        (exp_dir / "training.json").write_text(text)
+    monkeypatch.setattr("asteroid_tiny.recipe.compare_packaged", lambda *_: None)
+    for stage in (evaluate_model, publish_model):
+        with refused(exp_dir / "training.json", "run stage 2 again"):
+            stage(exp_dir, settings)
+
+
+def test_a_training_is_validated_on_its_list_and_its_model_comes_last(make_run, monkeypatch):
+    (exp_dir, settings), seen = make_run(init_from=None), []
+    old = exp_dir / "checkpoints" / ".last.deadbeef.9.part.ckpt"  # of a process that was killed
+    old.parent.mkdir()
+    old.touch()
+    os.utime(old, (0, 0))
+
+    def train(model, speech, valid, *_):
+        seen.append(valid.mixtures)
+        return {"steps": 4, "val_si_sdr": 1.0}
+
+    def save(model, path):
+        seen.append((exp_dir / "training.json").exists())
+
+    monkeypatch.setattr("asteroid_tiny.training.train", train)
+    monkeypatch.setattr(TinySepformer, "save", save)
+    train_model(exp_dir, settings)
+    valid, test = (open_list(exp_dir, settings, split).mixtures for split in ("valid", "test"))
+    assert seen == [valid, True] and valid != test and not old.exists()
+
+
+def test_two_trainings_do_not_meet_in_one_folder(make_run, refused):
+    exp_dir, settings = make_run()
+    command, pipes = [sys.executable, "-c", HOLD, exp_dir], dict.fromkeys(("stdin", "stdout"), -1)
+    with subprocess.Popen(command, **pipes, env={"PYTHONPATH": str(ROOT)}) as other:
+        other.stdout.readline()
+        with refused("another process trains in", exp_dir):
+            train_model(exp_dir, settings)
 
 
 def test_models_of_one_window_are_averaged_and_of_two_refused(refused):
@@ -265,7 +335,7 @@ def test_weights_of_another_rate_want_filters_that_last_as_long(misfit, tmp_path
     [
         ([], PACKAGED),
         (["--lr", "0.001", "--preset", "tiny-sepformer-xs"], PACKAGED),
-        (["--checkpoint_activations", "true"], PACKAGED),
+        (["--checkpoint_activations", "true", "--fb_init", "random"], PACKAGED),
         (["--init_from", "null"], None),
         (["--n_src", "3"], PACKAGED),
         (["--preset", "tiny-sepformer-s"], None),
@@ -280,6 +350,17 @@ def test_a_recipe_begins_with_its_weights_where_they_fit(options, start, run_fol
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == str(exp), done.stderr
     assert read_conf(exp / "conf.yml")["init_from"] == start
+
+
+def test_a_spoilt_setting_of_a_run_is_named(run_folder):
+    exp = run_folder("minispeech")
+    exp.mkdir(parents=True)
+    settings = {**recipe_defaults(exp), "steps_per_epoch": "few"}
+    (exp / "conf.yml").write_text(yaml.safe_dump({"settings": settings}))
+    command = [sys.executable, ROOT / "local" / "configure.py", "minispeech", exp.name]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{exp}/conf.yml: steps_per_epoch must be a whole number, not 'few'" in done.stderr
 
 
 @pytest.mark.parametrize("there", [True, False])

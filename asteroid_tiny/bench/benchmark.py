@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..config import BENCHMARK
 from ..errors import UserError
-from ..files import whole_file
+from ..files import read_json, whole_file
 from ..models import PRESETS
 from ..recipe import without_paths
 from .machine import cpu_name
@@ -148,11 +148,14 @@ def kept_figures(path, about, wanted):
 
     Without those that failed, or were measured in another way than is wanted now.
     """
+    machine = {key: about[key] for key in ("cpu", "cores", "gpu", "versions")}
+    entry = {"task": {"kind": str}, "rows": [dict]}
     try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet
+        shape = {"about": dict.fromkeys(machine, object), "measured": [entry]}
+        before = read_json(path, shape, "run stage 5 again")
+    except UserError:  # none yet, or none of ours
         return {}
-    if any(before["about"][key] != about[key] for key in ("cpu", "cores", "gpu", "versions")):
+    if any(before["about"][key] != value for key, value in machine.items()):
         return {}
     wanted = {key_of(task): task for task in wanted}
     measured = {key_of(entry["task"]): entry for entry in before["measured"]}

@@ -31,12 +31,12 @@ from asteroid.masknn import DPRNN, TDConvNet
 from ..config import OF_THE_MACHINE, PUBLICATION, begin_run
 from ..cost import count_macs
 from ..errors import UserError, sentence
-from ..files import sweep, whole_file
+from ..files import read_json, sweep, whole_file
 from ..models import PRESETS, TinySepformer
 from ..plots import COLOURS, Axes, side_by_side
 from ..preparation import list_path, make_lists, open_list, open_training, prepare_speech
 from ..recipe import build_model, without_paths
-from ..summary import mean_interval
+from ..summary import NUMBER, mean_interval
 from ..tables import markdown
 from .peers import PEERS, build_peer
 
@@ -61,6 +61,19 @@ All contenders were trained from scratch on the same batches (seed {seed}; {batc
 the most that a step holds beyond the loaded model. Times are of the device without the mixing and
 the validations: by the clock on a GPU, the CPU time of all threads on a CPU. Measured on:
 {measured_on}."""
+#: Of a result.json.
+RESULT = {
+    **dict.fromkeys(("n_parameters", "macs_per_second", "step_seconds", "step_memory"), NUMBER),
+    "device": str,
+    "speakers": [list],
+    "points": [
+        {
+            **dict.fromkeys(("steps", "seconds", "si_sdr_i"), NUMBER),
+            **dict.fromkeys(("low", "high"), (*NUMBER, type(None))),
+            "values": [NUMBER],
+        }
+    ],
+}
 MAY_CHANGE = (*OF_THE_MACHINE, *PUBLICATION, "contenders")  # between two starts of one comparison
 
 
@@ -264,8 +277,7 @@ def write_comparison(folder, settings):
     for name in (name for names in groups.values() for name in names):
         for path in (folder / name / "result.json", folder / name / "error.txt"):
             if path.exists():
-                text = path.read_text(encoding="utf-8")
-                results[name] = json.loads(text) if path.suffix == ".json" else {"error": text}
+                results[name] = _read_result(path)
                 break
     groups = {group: [n for n in names if n in results] for group, names in groups.items()}
     groups = {group: names for group, names in groups.items() if names}
@@ -279,6 +291,12 @@ def write_comparison(folder, settings):
     for suffix, text in texts.items():
         _write(folder / f"comparison.{suffix}", text)
     return results
+
+
+def _read_result(path):
+    if path.suffix == ".txt":
+        return {"error": path.read_text(encoding="utf-8")}
+    return read_json(path, RESULT, "run stage 6 again")
 
 
 def format_comparison(whole):
