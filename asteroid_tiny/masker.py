@@ -73,7 +73,8 @@ class DualPathMasker(nn.Module):
         n_inter_layers (int): Layers applied in each inter stack.
         share_layers (bool): Whether the layers of one stack share their parameters.
         norm_type (str): ``"gLN"`` or ``"cLN"``, Asteroid's names.
-        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources.
+        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources,
+            None is none.
         checkpoint_activations (bool): See `LayerStack`.
 
     Shape:
@@ -127,7 +128,7 @@ class DualPathMasker(nn.Module):
         self.value = Linear(bn_chan, bn_chan)
         self.gate = Linear(bn_chan, bn_chan)
         self.to_mask = Linear(bn_chan, in_chan, bias=False)
-        mask_act = activations.get(mask_act)
+        mask_act = activations.get(mask_act or "linear")
         self.mask_act = mask_act(dim=1) if has_arg(mask_act, "dim") else mask_act()
 
     def forward(self, mixture):

@@ -231,7 +231,8 @@ class Sepformer(_DualPathModel):
         dropout (float): Dropout in [0, 1).
         share_layers (bool): Whether the layers of one stack share their parameters.
         norm_type (str): ``"gLN"`` or ``"cLN"``, after the stacks.
-        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources.
+        mask_act (str): Activation of the masks, by Asteroid's names; a softmax is over the sources,
+            None is none.
         checkpoint_activations (bool): Trades a third more training time for several times less
             training memory; results stay the same.
         sample_rate (float): Sample rate in Hz.

@@ -228,6 +228,13 @@ def test_a_softmax_shares_the_mixture_out_among_the_sources():
     torch.testing.assert_close(masks.sum(1), torch.ones(1, 16, 99))
 
 
+def test_masks_may_go_without_an_activation():
+    model = small(mask_act=None)
+    twin = models.from_pretrained(model.serialize())
+    masks = twin.forward_masker(twin.forward_encoder(torch.randn(1, 1, 800)))
+    assert masks.min() < 0 < masks.max()
+
+
 def test_classes_of_ones_own_are_made_and_loaded_as_theirs(refused):
     class Mine(TinySepformer):
         pass
