@@ -106,6 +106,7 @@ def _locked(part):
             fcntl.flock(file, fcntl.LOCK_EX)
             if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
                 continue  # the process that had the lock moved it to its place
+            file.seek(0, os.SEEK_END)  # behind what that process left
             try:
                 yield part, file
             finally:
@@ -194,7 +195,7 @@ def _open(url, headers):
         if isinstance(error.reason, (ConnectionResetError, TimeoutError)):
             raise _Dropped(_words(error.reason)) from None
         raise UserError(f"{url} cannot be reached: {_words(error.reason)}") from None
-    except ValueError as error:  # of addresses that are none
+    except (ValueError, http.client.InvalidURL) as error:  # of addresses that are none
         raise UserError(f"{url} is no address: {_words(error)}") from None
     except OSError as error:  # of the connection, before the answer begins
         raise _Dropped(_words(error)) from None

@@ -31,8 +31,8 @@ class FileHandler(BaseHTTPRequestHandler):
     """Serves `server.files` with ETags and ranges.
 
     `server.drops` is a list of how many bytes the next answers send before the connection drops;
-    `server.quirks` may hold "no etag", "weak etag", "one etag" (whatever the content), "no range",
-    "wrong range", "no size"; `server.asked` notes the headers of all requests.
+    `server.quirks` may hold "no etag", "weak etag", "one etag" (whatever the content), "date",
+    "no range", "wrong range", "no size"; `server.asked` notes the headers of all requests.
     """
 
     def do_GET(self):
@@ -48,8 +48,9 @@ class FileHandler(BaseHTTPRequestHandler):
         begin = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
         if self.headers.get("If-Range", etag) not in validators or "no range" in server.quirks:
             begin = 0
-        if begin and "wrong range" in server.quirks:
-            begin -= 1
+        end = len(content)
+        if begin and "wrong range" in server.quirks:  # of the size asked for
+            begin, end = begin - 1, end - 1
         if begin and begin >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -57,17 +58,18 @@ class FileHandler(BaseHTTPRequestHandler):
             return self.end_headers()
         self.send_response(206 if begin else 200)
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
         if "weak etag" in server.quirks:
             self.send_header("ETag", f"W/{etag}")
-            self.send_header("Last-Modified", DATE)
         elif "no etag" not in server.quirks:
             self.send_header("ETag", etag)
+        if {"weak etag", "date"} & set(server.quirks):
+            self.send_header("Last-Modified", DATE)
         if "no size" not in server.quirks:
-            self.send_header("Content-Length", str(len(content) - begin))
+            self.send_header("Content-Length", str(end - begin))
         self.end_headers()
         n_sent = server.drops.pop(0) if server.drops else len(content)
-        self.wfile.write(content[begin:][:n_sent])
+        self.wfile.write(content[begin:end][:n_sent])
 
     def log_message(self, *_):
         pass

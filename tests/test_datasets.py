@@ -195,3 +195,15 @@ def test_what_ends_a_worker_process_is_still_one_sentence(make_dir, clips, capsy
 
 def iter_items(dataset):
     return (dataset[i] for i in itertools.count())
+
+
+def test_gaps_and_speeds_of_training_mixtures_are_those_asked_for(tones):
+    even = DynamicMixtures(tones, 2, 8000, seed=0, max_gap=0.0, speeds=(50,))
+    spread = DynamicMixtures(tones, 2, 8000, seed=0, max_gap=20.0)
+    gaps = []
+    for i in range(20):
+        one, other = even[i][1]
+        assert level(one) == pytest.approx(level(other), abs=0.01)
+        assert max(peak_frequency(one), peak_frequency(other)) <= 350  # half of 300 to 700 Hz
+        gaps.append(abs(level(spread[i][1][0]) - level(spread[i][1][1])))
+    assert max(gaps) > 10

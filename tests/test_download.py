@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from server import DATE, serving_files
 
 from asteroid_tiny import download
-from asteroid_tiny.download import fetch
+from asteroid_tiny.download import fetch, identify
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 DIGESTS = {name: hashlib.new(name, CONTENT).hexdigest() for name in ("sha256", "md5")}
@@ -132,13 +134,18 @@ def test_a_wrong_checksum_is_said_and_not_kept(tmp_path, refused, name):
 
 @pytest.mark.parametrize(
     "status, words",
-    [(404, "check the address"), (403, "cannot be fetched"), (429, "429"), (503, "503")],
+    [
+        (404, "check the address"),
+        (410, "check the address"),
+        (403, "cannot be fetched"),
+        *((status, str(status)) for status in (408, 429, 500, 502, 503, 504)),
+    ],
 )
 def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, refused, status, words):
     with serving_files({"/m": status}) as server:
         with refused(f"{server.address}/m", status, words):
             fetch(f"{server.address}/m", tmp_path / "model.pth")
-        assert len(server.asked) == (download.TRIES if status in (429, 503) else 1)
+        assert len(server.asked) == (1 if status in (404, 410, 403) else download.TRIES)
     assert names(tmp_path) == []
 
 
@@ -147,6 +154,12 @@ def test_only_web_addresses_are_fetched(tmp_path, refused, url):
     with refused(url):
         fetch(url, tmp_path / "model.pth")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("url", ["http://x/a b", "http://x:y/m", "http://[x/m"])
+def test_what_cannot_be_an_address_is_said_at_once(tmp_path, refused, url):
+    with refused(url, "is no address"):
+        fetch(url, tmp_path / "model.pth")
 
 
 def test_a_server_that_is_not_there_is_one_sentence(tmp_path, refused):
@@ -264,4 +277,65 @@ def test_a_network_that_is_gone_for_a_moment_is_no_fault_of_the_disk(tmp_path, m
     with serving_files({"/m": CONTENT}) as server:
         fetch(f"{server.address}/m", path)
         assert len(server.asked) == 2
+    assert path.read_bytes() == CONTENT
+
+
+def test_what_another_process_left_while_this_one_waited_is_gone_on_with(tmp_path, monkeypatch):
+    path, lock = tmp_path / "model.pth", fcntl.flock
+    with serving_files({"/m": CONTENT}) as server:
+        url = f"{server.address}/m"
+
+        def waits(file, how):
+            monkeypatch.setattr(fcntl, "flock", lock)
+            server.drops[:] = [100_000]
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(time, "sleep", interrupted)
+                fetch(url, path)  # of the other process
+            lock(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", waits)
+        fetch(url, path)
+        assert ranges(server) == [None, "bytes=100000-"]
+    assert path.read_bytes() == CONTENT and names(tmp_path) == [path.name]
+
+
+def test_with_a_checksum_a_part_of_content_without_an_etag_is_gone_on_with(tmp_path):
+    path = tmp_path / "model.pth"
+    with serving_files({"/m": CONTENT}, [100_000], ["no etag"]) as server:
+        fetch(f"{server.address}/m", path, **DIGESTS)
+        assert ranges(server) == [None, "bytes=100000-"]
+        assert "If-Range" not in server.asked[-1]
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_forever(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/m"
+        ended = threading.Timer(5, silent.shutdown, [socket.SHUT_RDWR])
+        ended.start()
+        with refused(url, "timed out"):
+            fetch(url, tmp_path / "model.pth")
+        with refused(url, "cannot be reached", "timed out"):
+            identify(url)
+        ended.cancel()
+
+
+def test_content_without_an_etag_is_told_by_its_date():
+    with serving_files({"/m": CONTENT}, quirks=["no etag", "date"]) as server:
+        assert identify(f"{server.address}/m") == DATE
+        server.quirks = ["no etag"]
+        assert identify(f"{server.address}/m") is None
+
+
+def test_a_connection_that_is_reset_at_its_beginning_is_tried_again(tmp_path, monkeypatch):
+    path, works = tmp_path / "model.pth", http.client.HTTPConnection.connect
+
+    def reset(*_):
+        monkeypatch.setattr(http.client.HTTPConnection, "connect", works)
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", reset)
+    with serving_files({"/m": CONTENT}) as server:
+        fetch(f"{server.address}/m", path)
     assert path.read_bytes() == CONTENT

@@ -289,3 +289,12 @@ def test_noise_that_is_no_number_is_refused(tmp_path, refused):
     sf.write(tmp_path / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
     with refused("nan.wav", "NaN"):
         RecordedNoise(tmp_path).draw(4000, np.random.default_rng(0), RATE)
+
+
+def test_mixtures_of_a_list_take_recorded_noise_at_any_level(valid_speech, tmp_path, recordings):
+    write_list(tmp_path / "list.csv", draw_list(valid_speech, 3, 2, 8000, seed=1), RATE)
+    listed, recorded = MixtureList(valid_speech, tmp_path / "list.csv"), RecordedNoise(recordings)
+    for mixture, sources in InSurroundings(listed, 1, snr=0.0, recorded=recorded):
+        noise = mixture - sources.sum(0)
+        assert round(peak_frequency(noise), -1) in (500, 2000)
+        assert level(sources.sum(0)) == pytest.approx(level(noise), abs=0.01)
