@@ -298,6 +298,7 @@ def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agree
         (dict(n_filters=64, kernel_size=128, stride=64), ("8000 Hz", "--n_filters 256")),
         (dict(n_filters=256, kernel_size=128, stride=64, bn_chan=64), ("other sizes",)),
         (dict(sample_rate=8000, n_heads=8), ("n_heads 4, not 8",)),
+        (dict(sample_rate=8000, mask_act="sigmoid"), ("mask_act relu, not sigmoid",)),
     ],
 )
 def test_weights_that_would_not_mean_the_same_are_refused(frames, words, make_run, refused):
