@@ -76,6 +76,17 @@ def test_recordings_are_found_by_any_suffix_that_libsndfile_knows(voices, make):
     assert sum(len(speech.utterances) for speech in make(voices).values()) == 24
 
 
+def test_recordings_that_are_left_out_are_told(voices, make, capsys):
+    make(voices)
+    assert "left out" not in capsys.readouterr().out
+    for name in ("speaker 0/c.m4a", "speaker 1/d.M4A", "speaker 1/d.txt", "alone.wav"):
+        (voices / name).write_bytes(b"whatever it holds")
+    assert sum(len(speech.utterances) for speech in make(voices).values()) == 16
+    unread, alone = (x for x in capsys.readouterr().out.splitlines() if "left out" in x)
+    assert "2 as" in unread and str(voices / "speaker 0/c.m4a") in unread and "FLAC" in unread
+    assert "1 as" in alone and str(voices / "alone.wav") in alone and "no speaker's" in alone
+
+
 def test_a_tenth_of_the_speakers_is_for_each_of_valid_and_test_by_their_names_alone(tmp_path):
     sides = own.split_speakers([f"s{i}" for i in range(60)], None, tmp_path, 2)
     assert [list(sides.values()).count(split) for split in SPLITS] == [48, 6, 6]

@@ -31,6 +31,8 @@ CACHE_BYTES = 1 << 30
 BAR = dict(desc="  opening files", delay=3, leave=False, disable=None)  # if it takes long
 NO_LENGTH = 2**62  # samples, from which on libsndfile does not know how many there are
 WIDE_SUBTYPES = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+#: Endings of recordings that a folder may have beside those of libsndfile: what ffmpeg often reads.
+FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 
 
 class Utterance(NamedTuple):

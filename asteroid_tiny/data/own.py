@@ -25,9 +25,9 @@ import soundfile as sf
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import files_below, whole_file
-from .kaldi import SPLITS, decode, open_info, read_table
+from .kaldi import FFMPEG_SUFFIXES, SPLITS, decode, open_info, read_table
 
 TABLES = ("wav.scp", "utt2spk", "segments", "spk2gender", "spk2production")
 SHARE = 0.1  # of the speakers for validation, and as many for test
@@ -105,9 +105,14 @@ def find_recording(folder, key, value):
 def read_folders(folder):
     """Tables of a folder with one folder of recordings a speaker."""
     tables, folders, speakers = {"wav.scp": {}, "utt2spk": {}}, {}, {}
+    unread, of_nobody = [], []
     for path in sorted(files_below(folder)):
         inside = path.relative_to(folder)
-        if path.suffix.lower() not in SUFFIXES or len(inside.parts) < 2:
+        if path.suffix.lower() not in SUFFIXES:
+            unread += [path] if path.suffix.lower().lstrip(".") in FFMPEG_SUFFIXES else []
+            continue
+        if len(inside.parts) < 2:
+            of_nobody.append(path)
             continue
         if os.fsencode(path) != str(path).encode(errors="replace"):
             raise UserError(f"the name {os.fsencode(path)!r} is not UTF-8; rename it")
@@ -139,6 +144,12 @@ def read_folders(folder):
             f"{folder} is no speech: it has neither wav.scp nor a folder with recordings for "
             "each speaker, of a format that libsndfile opens (not M4A)"
         )
+    for left, why in (
+        (unread, "libsndfile does not open that; convert it to FLAC"),
+        (of_nobody, "it is in no speaker's folder"),
+    ):
+        if left:
+            print(f"  left out: {len(left)} as {printable(str(left[0]))}, since {why}")
     return tables
 
 

@@ -26,8 +26,6 @@ from .levels import RUMBLE
 #: Subtype of what is written, by format; Vorbis, unlike Opus, takes any rate.
 FORMATS = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
 SUFFIXES = ", ".join(f".{name}" for name in FORMATS)
-#: Endings that a folder is searched for, beside those of soundfile: what ffmpeg often reads.
-FFMPEG_SUFFIXES = "aac ac3 amr m4a m4b mka mkv mov mp4 oga opus webm wma".split()
 MOST_OF_WAV = 2**32 - 2**12  # bytes, header aside; a longer WAV file is one of RF64
 FULL_SCALE = 0.9999  # of 16 bits, rounding included
 LOWEST_PEAK = -90.0  # dB re full scale: one step of 16 bits

@@ -12,10 +12,11 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from ..data.kaldi import FFMPEG_SUFFIXES
 from ..errors import UserError, without_codes
 from ..files import reason, sweep
 from ..inspection import DEFAULT, default_for, find_device, made_for, open_model
-from .audio import FFMPEG_SUFFIXES, check_peak, open_recording
+from .audio import check_peak, open_recording
 from .blocks import BLOCK, separate_file
 
 SHORTEST = 0.5  # s: block in which a voice can be heard
