@@ -107,7 +107,6 @@ def raise_rate(weights, own, sample_rate, old_rate):
     for key in ("masker.norm.weight", "masker.norm.bias"):
         raised[key] = own[key].clone()
         raised[key][kept] = weights[key]
-    raised["masker.norm.weight"] *= (n_old / n) ** 0.5  # whose power is shared with silent channels
     read = weights["masker.bottleneck.weight"]
     raised["masker.bottleneck.weight"] = read.new_zeros(len(read), n)
     raised["masker.bottleneck.weight"][:, kept] = read
