@@ -104,9 +104,13 @@ def _read_table(path, **options):
     try:
         return pd.read_csv(path, **options)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is missing or broken ({printable(error)}); delete its folder and run again"
-        ) from None
+        raise _broken(path, error, path.parent) from None
+
+
+def _broken(path, error, folder):
+    return UserError(
+        f"{path} is missing or broken ({printable(error)}); delete {folder} and run again"
+    )
 
 
 def _table(summary):
@@ -183,6 +187,13 @@ def _by_genders(table):
     return axes.svg(), "Each mixture by the genders of its speakers; strokes are medians."
 
 
+def _read_track(path):
+    try:
+        return soundfile.read(path)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise _broken(path, error, path.parents[2]) from None
+
+
 def _in_order(folder):
     ranks = ("best", "median", "worst")
     folders = [path for path in folder.glob("*_*") if path.is_dir()]
@@ -203,7 +214,7 @@ def _example(folder, table):
         row = rows.iloc[0]
         before = "" if np.isnan(row.input_si_sdr) else f"{row.input_si_sdr:.1f} → "
         about = f": SI-SDR {before}{row.si_sdr:.1f} dB, {row.speakers}"
-    tracks = {path.stem: soundfile.read(path) for path in folder.glob("*.wav")}
+    tracks = {path.stem: _read_track(path) for path in folder.glob("*.wav")}
     top = loudest(samples for samples, _ in tracks.values())
     titles = {"mixture": "mixture"}
     for prefix, title in (("s", "speaker"), ("estimate_", "estimate")):

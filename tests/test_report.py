@@ -184,6 +184,14 @@ def test_no_results_are_refused(results, tmp_path, refused):
             write_report(tmp_path / "copy", "nothing")
 
 
+def test_a_broken_example_is_named(results, tmp_path, refused):
+    shutil.copytree(results, tmp_path / "copy")
+    example = sorted((tmp_path / "copy" / "examples").glob("*/*.wav"))[0]
+    example.write_bytes(b"no sound")
+    with refused(example, "broken", f"delete {tmp_path / 'copy'} and run again"):
+        write_report(tmp_path / "copy", "some")
+
+
 def test_names_from_outside_stay_words(results, tmp_path):
     shutil.copytree(results, tmp_path / "copy")
     for folder in [*(tmp_path / "copy" / "examples").iterdir()]:
