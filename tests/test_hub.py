@@ -58,6 +58,12 @@ def test_who_has_no_home_can_name_a_cache(monkeypatch, refused):
         hub.cache_dir()
 
 
+def test_a_cache_may_be_named_from_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ASTEROID_CACHE", "~/kept")
+    assert hub.cache_dir() == tmp_path / "kept" / "asteroid_tiny"
+
+
 def test_packaged_models_are_listed_and_load_by_name(zoo):
     model = small(Sepformer, 3)
     model.save_pretrained(zoo / "a-model", metrics={"si_sdr_i": 7.5}, licence="mit")
@@ -118,6 +124,25 @@ def test_an_address_is_fetched_once_as_long_as_its_content_is_the_same(tmp_path,
     assert {path.name for path in cache.rglob("*") if path.is_file()} == {"model.pth"}
 
 
+def test_a_server_that_does_not_tell_what_has_changed_is_asked_every_time(tmp_path, cache, refused):
+    model = small()
+    with serving_files(files_of(model, tmp_path / "model"), quirks=["no etag"]) as server:
+        for _ in range(2):
+            assert alike(from_pretrained(f"{server.address}/model.pth"), model)
+        assert len([path for path in cache.rglob("*") if path.is_file()]) == 1
+        shutil.rmtree(cache)
+        cache.write_text("in the way")
+        with refused(cache, "a file is in the place of a folder"):
+            from_pretrained(f"{server.address}/model.pth")
+
+
+def test_an_address_may_end_in_a_query(tmp_path):
+    model = small()
+    with serving_files(files_of(model, tmp_path / "model")) as server:
+        for name in ("model.pth", WEIGHTS):
+            assert alike(from_pretrained(f"{server.address}/{name}?of=a/b.c&download=true"), model)
+
+
 def test_the_same_file_name_on_two_servers_is_two_models(tmp_path):
     first, second = small(), small()
     files = files_of(first, tmp_path / "1", "/a/") | files_of(second, tmp_path / "2", "/b/")
@@ -159,6 +184,19 @@ def test_weights_that_are_replaced_at_their_address_are_fetched_anew(tmp_path):
             model = small()
             server.files = files_of(model, tmp_path / name)
             assert alike(from_pretrained(f"{server.address}/{WEIGHTS}"), model)
+            digest = digest_of(tmp_path / name / "model.pth")
+            assert alike(from_pretrained(f"{server.address}/model.pth#sha256={digest}"), model)
+
+
+def test_a_description_that_is_replaced_beside_its_weights_is_fetched_anew(tmp_path):
+    files = files_of(small(), tmp_path / "model")
+    with serving_files(files) as server:
+        for licence in ("mit", "cc0-1.0"):
+            config = {**json.loads(files[f"/{CONFIG}"]), "licence": licence}
+            server.files = {**files, f"/{CONFIG}": json.dumps(config).encode()}
+            kept = hub.locate(f"{server.address}/{WEIGHTS}")
+            assert json.loads(kept.with_name(CONFIG).read_text()) == config
+            assert kept.read_bytes() == files[f"/{WEIGHTS}"]
 
 
 def test_a_checksum_in_the_address_may_be_in_capitals(tmp_path):
@@ -357,7 +395,8 @@ def test_a_full_disk_while_downloading_is_said_and_nothing_half_is_used(
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, refused):
-    for name in ("runs/model.pth", "./model", tmp_path / "model"):
+    names = [f"runs/model{suffix}" for suffix in (".pth", ".bin", ".ckpt", ".safetensors", ".onnx")]
+    for name in (*names, "./model", "~/model", tmp_path / "model"):
         with refused(f"{name} is missing"):
             from_pretrained(name)
     (tmp_path / "model.onnx").write_bytes(b"a graph")

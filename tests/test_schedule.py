@@ -35,6 +35,17 @@ def test_a_better_loss_is_the_end_of_a_plateau():
     assert rates(schedule, 10, val_losses=[-2, -1, -3, -2.5])[-1] == 1.0
 
 
+def test_a_loss_that_is_no_number_is_not_better():
+    schedule = Schedule(an_optimizer(), 20, patience=1)
+    assert rates(schedule, 8, val_losses=[-2, float("nan"), -1])[-1] == 0.5
+
+
+def test_each_group_of_parameters_keeps_its_share_of_the_rate():
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (0.1, 0.01)]
+    schedule = Schedule(torch.optim.SGD(groups), 10, warmup_steps=2)
+    assert schedule.get_last_lr() == [0.05, 0.005]
+
+
 def test_after_a_halving_a_loss_is_better_if_it_is_the_best_so_far():
     schedule = Schedule(an_optimizer(), 20, patience=0)
     assert rates(schedule, 8, val_losses=[-3, -1, -2])[-1] == 0.25
@@ -68,6 +79,15 @@ def test_the_rate_is_not_halved_in_the_first_steps():
 def test_a_training_has_the_number_of_whole_epochs_that_is_nearest(asked, steps, per_epoch):
     conf = dict(steps=asked, steps_per_epoch=100, warmup_steps=0, cooldown_steps=0)
     assert whole_epochs(conf) == {**conf, "steps": steps, "steps_per_epoch": per_epoch}
+
+
+@pytest.mark.parametrize(
+    "steps, ramps, expected", [(100, (5, 10), (5, 10)), (75, (100, 100), (37, 37))]
+)
+def test_ramps_are_shortened_where_they_do_not_fit_and_not_otherwise(steps, ramps, expected):
+    names = "warmup_steps", "cooldown_steps"
+    conf = dict(steps=steps, steps_per_epoch=steps, **dict(zip(names, ramps)))
+    assert whole_epochs(conf) == {**conf, **dict(zip(names, expected))}
 
 
 def test_after_its_end_the_rate_stays_zero():

@@ -226,11 +226,45 @@ def test_a_mean_is_of_models_that_compute_the_same_however_they_were_trained(ref
         average([])
 
 
-def test_weights_of_another_depth_are_refused(tmp_path, refused):
+@pytest.mark.parametrize(
+    "name, value",
+    [("n_intra_layers", 5), ("n_inter_layers", 5), ("norm_type", "cLN"),
+     ("encoder_activation", "linear")],
+)  # fmt: skip
+def test_weights_of_another_meaning_are_refused(name, value, tmp_path, refused):
     small().save(tmp_path / "m.pth")
     for options in ({}, {"share_layers": False}):
-        with refused("is a model with n_intra_layers"):
-            copy_weights(small(n_intra_layers=5, **options), tmp_path / "m.pth")
+        with refused(f"is a model with {name}"):
+            copy_weights(small(**{name: value}, **options), tmp_path / "m.pth")
+
+
+def test_weights_of_fewer_layers_or_unshared_ones_are_refused_by_a_model_of_other_sizes(
+    tmp_path, refused
+):
+    for other, own in (
+        ({}, {"n_repeats": 3}),
+        ({}, {"n_repeats": 3, "share_layers": False}),
+        ({"share_layers": False}, {}),
+    ):
+        small(**other).save(tmp_path / "m.pth")
+        with refused("other sizes"):
+            copy_weights(small(**own), tmp_path / "m.pth")
+
+
+def test_unshared_layers_keep_their_own_weights(tmp_path):
+    model, other = small(share_layers=False), small(share_layers=False)
+    other.save(tmp_path / "m.pth")
+    copy_weights(model, tmp_path / "m.pth")
+    for key, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_filters_of_learned_bands_may_have_another_stride(tmp_path):
+    model, other = (small(fb_name="param_sinc", kernel_size=17, stride=stride) for stride in (4, 8))
+    other.save(tmp_path / "m.pth")
+    copy_weights(model, tmp_path / "m.pth")
+    for key, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_the_command_on_a_card_says_null_as_an_option_does():
@@ -289,6 +323,26 @@ def test_weights_for_8000_hz_do_the_same_in_their_band_of_16000(n_filters, agree
         lowered = torch.from_numpy(resample_poly(raised(wide).numpy(), 1, 2, axis=-1))
     error = (lowered[..., : estimates.shape[-1]] - estimates).square().sum(-1)
     assert (10 * torch.log10(estimates.square().sum(-1) / error) > agreement).all()
+
+
+def test_masks_of_a_raised_rate_are_as_before_and_above_as_just_below(tmp_path):
+    low = small(sample_rate=8000, n_filters=32, kernel_size=16, stride=8, mask_act="linear")
+    high = small(sample_rate=16000, n_filters=64, kernel_size=32, stride=16, mask_act="linear")
+    low.save(tmp_path / "low.pth")
+    first = high.encoder.filterbank._filters.detach().unflatten(0, (4, 16)).clone()
+    copy_weights(high, tmp_path / "low.pth")
+    frames = torch.randn(1, 32, 40)
+    frames -= frames.mean()
+    positive, negative = frames.chunk(2, 1)
+    with torch.no_grad():
+        expected = low.masker(frames).unflatten(2, (2, 16))
+        alike = torch.cat([positive, -positive, negative, -negative], 1)  # as loud above
+        masks = high.masker(alike).unflatten(2, (4, 16))
+    torch.testing.assert_close(masks[:, :, ::2], expected)
+    upper = expected[:, :, :, 12:].mean(3, keepdim=True)
+    torch.testing.assert_close(masks[:, :, 1::2], upper.expand_as(expected))
+    filters = high.encoder.filterbank._filters.unflatten(0, (4, 16))
+    assert torch.equal(filters[1::2], first[1::2]), "the new ones stay as they are"
 
 
 @pytest.mark.parametrize(

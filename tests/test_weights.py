@@ -206,6 +206,10 @@ FOLDER_DAMAGES = {
     "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), "is no JSON"),
     "deep": (lambda folder: (folder / CONFIG).write_text("[" * 10**5), "is no JSON"),
     "large": (lambda folder: (folder / CONFIG).write_text(" " * 2**21), "too large"),
+    "a list as JSON": (lambda folder: (folder / CONFIG).write_text("[]"), "does not describe"),
+    "no checksum": (described(lambda config: config.pop("sha256")), "lacks 'sha256'"),
+    "no arguments": (described(lambda config: config.pop("model_args")), "lacks 'model_args'"),
+    "sources": (described(lambda config: config.update(n_src=3)), "n_src is 3"),
     "of others": (described(lambda config: config.pop("format")), "does not describe"),
     "class": (described(lambda config: config.update(model_name="os.system")), "another class"),
     "rate": (described(lambda config: config.update(sample_rate=16000)), "contradicts itself"),
@@ -221,6 +225,22 @@ def test_a_damaged_folder_is_one_sentence(damage, tmp_path, refused):
     change(tmp_path / "model")
     with refused(tmp_path / "model", words):
         TinySepformer.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_in_any_floating_type_are_read(dtype, tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    rewritten(lambda state: state.update({k: t.to(dtype) for k, t in state.items()}))(tmp_path)
+    for key, value in from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[key].to(dtype).float()), key
+
+
+def test_files_of_torch_before_its_zip_format_are_read(tmp_path):
+    model = small()
+    torch.save(model.serialize(), tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+    for key, value in from_pretrained(tmp_path / "m.pth").state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
 
 
 def test_overrides_are_known_and_the_sample_rate_is_that_of_training(tmp_path, refused):
