@@ -138,7 +138,7 @@ def write_pair(folder, conf, about, half=False):
     except (TypeError, ValueError) as error:
         raise UserError(f"the model cannot be described in {CONFIG}: {error}") from None
     with whole_file(folder / WEIGHTS) as weights:
-        weights.write_bytes(safetensors_torch.save(state, {"format": "pt", **_label(config)}))
+        weights.write_bytes(safetensors_torch.save(state, _label(config)))
         config["sha256"] = digest_of(weights)
         with whole_file(folder / CONFIG) as part:
             part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -146,7 +146,10 @@ def write_pair(folder, conf, about, half=False):
 
 
 def _label(config):
-    """Class and arguments as they stand inside the weights' file, which its checksum covers."""
+    """Class and arguments as they stand inside the weights' file, which its checksum covers.
+
+    In one entry: of several safetensors would change the order, and the checksum, each time.
+    """
     label = {key: config[key] for key in ("model_name", "model_args")}
     return {"model": json.dumps(label, sort_keys=True)}
 

@@ -374,6 +374,13 @@ def test_filters_that_encoder_and_decoder_share_are_stored(who, tmp_path):
         assert torch.allclose(twin(mixture), model(mixture), atol=1e-6)
 
 
+def test_a_model_has_the_same_checksum_each_time_that_it_is_saved(tmp_path):
+    model = small()
+    for i in range(8):
+        model.save_pretrained(tmp_path / f"{i}")
+    assert len({path.read_bytes() for path in tmp_path.glob(f"*/{WEIGHTS}")}) == 1
+
+
 def test_what_json_cannot_tell_is_not_written(tmp_path, refused):
     with refused("cannot be described in config.json"):
         small().save_pretrained(tmp_path / "m", metrics={"si_sdr_i": float("nan")})
