@@ -127,7 +127,8 @@ def _from_url(url):
 
 def _pair_from_url(url, sha256):
     """`model.safetensors` with the `config.json` beside it, which has its checksum."""
-    address = urllib.parse.urljoin(url, CONFIG)
+    query = urllib.parse.urlsplit(url).query  # which may hold the leave to read
+    address = urllib.parse.urljoin(url, f"{CONFIG}?{query}" if query else CONFIG)
     with temporary_folder() as folder:
         path = fetch(address, Path(folder) / CONFIG)
         config, content = read_config(path, where=address), path.read_bytes()

@@ -32,13 +32,17 @@ class FileHandler(BaseHTTPRequestHandler):
 
     `server.drops` is a list of how many bytes the next answers send before the connection drops;
     `server.quirks` may hold "no etag", "weak etag", "one etag" (whatever the content), "date",
-    "no range", "wrong range", "no size"; `server.asked` notes the headers of all requests.
+    "no range", "wrong range", "no size", "token" (nothing without one in the query);
+    `server.asked` notes the headers of all requests.
     """
 
     def do_GET(self):
         server = self.server
         server.asked.append(dict(self.headers))
-        content = server.files.get(self.path.partition("?")[0])
+        path, _, query = self.path.partition("?")
+        content = server.files.get(path)
+        if "token" in server.quirks and "token=" not in query:
+            content = 403
         if not isinstance(content, bytes):
             return self.send_error(content or 404)
         etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
