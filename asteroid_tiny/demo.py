@@ -26,7 +26,7 @@ import numpy as np
 from .errors import UserError
 from .files import reason, temporary_folder
 from .hub import list_models
-from .inspection import find_device, made_for, open_model
+from .inspection import DEFAULT, WIDE, default_for, find_device, made_for, open_model
 from .longform.audio import open_recording, resample
 from .longform.blocks import separate_file
 from .longform.folder import notes_on
@@ -38,6 +38,7 @@ MEGABYTES = 100.0  # of an upload
 KEPT_MINUTES = 30.0  # for which files are kept
 LAST = 30.0  # s that the end of the page waits for that of a separation
 WAITING = 16  # visitors whose recordings wait for their turn
+BY_RATE = "two speakers, by the rate of the recording"  # a choice of the page, beside the models
 IMAGE = (
     '<img alt="spectrogram of {}" src="data:image/png;base64,{}" '
     'style="width: 100%; height: 7.5rem; border-radius: 4px">'
@@ -49,7 +50,8 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
 
     Args:
         models (list of str): Models before the packaged ones, as `inspection.open_model` takes
-            them; the first of all is the default.
+            them. The first is the default; without any it is `BY_RATE`, for which
+            `inspection.default_for` chooses.
         minutes (float): Length of a recording, at most.
         kept_minutes (float): For which files are kept.
         device (str): Where the models run; "auto" is a GPU, if there is one.
@@ -66,7 +68,9 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
         model, about = open_model(name)
         opened[name] = model.to(device)
         sentences[name] = _paragraph(f"{made_for(name, model, about)}.")
-    names, n_tracks = list(opened), max(model.n_src for model in opened.values())
+    sentences[BY_RATE] = sentences[DEFAULT] + sentences[WIDE]
+    names, n_tracks = [*models, BY_RATE], max(model.n_src for model in opened.values())
+    names = list(dict.fromkeys([*names, *opened]))
 
     def separate(path, name, progress=gr.Progress()):
         def tell(share):
@@ -74,12 +78,15 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
                 raise UserError("the page was closed")
             progress(share)
 
+        def model_for(sample_rate):
+            return opened[default_for(sample_rate) if name == BY_RATE else name]
+
         found, picture, said = [], "", "There is no recording yet: drop a file, or record one."
         if path is not None:
             try:
                 with page.turn:
                     folder = tempfile.mkdtemp(dir=page.GRADIO_CACHE)  # which is served and cleared
-                    done = separate_upload(opened[name], path, folder, minutes, tell)
+                    done = separate_upload(model_for, path, folder, minutes, tell)
                 found, picture, said = done
             except UserError as error:
                 said = str(error)
@@ -119,11 +126,12 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
     return page.queue(max_size=WAITING)
 
 
-def separate_upload(model, path, folder, minutes, progress):
+def separate_upload(model_for, path, folder, minutes, progress):
     """Separates what a visitor gave.
 
     Args:
-        model (torch.nn.Module): As `longform.separate_file` takes it.
+        model_for (callable): From the rate of a recording in Hz to a model as
+            `longform.separate_file` takes it.
         path (str): The recording.
         folder (str): An empty folder for the files.
         minutes (float): Length of a recording, at most.
@@ -137,8 +145,10 @@ def separate_upload(model, path, folder, minutes, progress):
         UserError: If it cannot be separated; names no folder.
     """
     path, folder = Path(path), Path(folder)
-    targets = [folder / f"{path.stem}_est{k}.wav" for k in range(1, model.n_src + 1)]
     try:
+        with open_recording(path) as recording:
+            model = model_for(recording.sample_rate)
+        targets = [folder / f"{path.stem}_est{k}.wav" for k in range(1, model.n_src + 1)]
         mixture = read(path, model.sample_rate, minutes)
         share = 0.0
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from small import small
 from asteroid_tiny import cli, demo
 from asteroid_tiny.demo import build_page, launch, separate_upload
 from asteroid_tiny.errors import UserError
-from asteroid_tiny.inspection import DEFAULT, open_model
+from asteroid_tiny.inspection import DEFAULT, WIDE, open_model
 from asteroid_tiny.longform import separate_file
 from asteroid_tiny.longform.audio import Recording
 
@@ -310,8 +311,22 @@ def test_errors_name_no_folder_of_the_server(tmp_path, refused):
     sf.write(tmp_path / "short.wav", np.zeros(2000), 8000)
     for name, words in {"talk.wav": "cannot be read", "short.wav": "is too short: 0.25 s"}.items():
         with pytest.raises(UserError, match=f"^{name} {words}") as caught:
-            separate_upload(small(), tmp_path / name, tmp_path / "out", 1.0, print)
+            separate_upload(lambda _: small(), tmp_path / name, tmp_path / "out", 1.0, print)
         assert str(tmp_path) not in str(caught.value)
+
+
+def test_without_a_choice_the_rate_of_the_recording_chooses(tmp_path, clips):
+    page = build_page(device="cpu")
+    (run,) = (block.fn for block in page.fns.values() if block.fn.__name__ == "separate")
+    (chosen,) = (b for b in page.blocks.values() if getattr(b, "label", None) == "Model")
+    page.GRADIO_CACHE, page.is_running = str(tmp_path), True
+    a, b, *_ = clips.values()
+    for rate, wanted in ((8000, DEFAULT), (16000, WIDE)):
+        path = tmp_path / f"{rate}.wav"
+        sf.write(path, (a + b)[:16000] / 65536, rate)
+        targets = [Path(target) for target in run(str(path), chosen.value)[4::4] if target]
+        found = {target.name: target.read_bytes() for target in targets}
+        assert found == expected(path, wanted, tmp_path / f"expected{rate}") and len(found) == 2
 
 
 def test_names_of_recordings_are_no_html(tmp_path, separator):
