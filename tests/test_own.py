@@ -83,8 +83,8 @@ def test_recordings_that_are_left_out_are_told(voices, make, capsys):
         (voices / name).write_bytes(b"whatever it holds")
     assert sum(len(speech.utterances) for speech in make(voices).values()) == 16
     unread, alone = (x for x in capsys.readouterr().out.splitlines() if "left out" in x)
-    assert "2 as" in unread and str(voices / "speaker 0/c.m4a") in unread and "FLAC" in unread
-    assert "1 as" in alone and str(voices / "alone.wav") in alone and "no speaker's" in alone
+    assert ": 2 rec" in unread and str(voices / "speaker 0/c.m4a") in unread and "FLAC" in unread
+    assert ": 1 rec" in alone and str(voices / "alone.wav") in alone and "no speaker's" in alone
 
 
 def test_a_tenth_of_the_speakers_is_for_each_of_valid_and_test_by_their_names_alone(tmp_path):

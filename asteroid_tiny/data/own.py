@@ -145,11 +145,12 @@ def read_folders(folder):
             "each speaker, of a format that libsndfile opens (not M4A)"
         )
     for left, why in (
-        (unread, "libsndfile does not open that; convert it to FLAC"),
+        (unread, "libsndfile does not open it; convert it to FLAC"),
         (of_nobody, "it is in no speaker's folder"),
     ):
         if left:
-            print(f"  left out: {len(left)} as {printable(str(left[0]))}, since {why}")
+            first = printable(str(left[0]))
+            print(f"  left out: {len(left)} recording(s), such as {first}: {why}")
     return tables
 
 
