@@ -69,8 +69,8 @@ def build_page(models=(), minutes=MINUTES, kept_minutes=KEPT_MINUTES, device="au
         opened[name] = model.to(device)
         sentences[name] = _paragraph(f"{made_for(name, model, about)}.")
     sentences[BY_RATE] = sentences[DEFAULT] + sentences[WIDE]
-    names, n_tracks = [*models, BY_RATE], max(model.n_src for model in opened.values())
-    names = list(dict.fromkeys([*names, *opened]))
+    names = list(dict.fromkeys([*models, BY_RATE, *opened]))
+    n_tracks = max(model.n_src for model in opened.values())
 
     def separate(path, name, progress=gr.Progress()):
         def tell(share):

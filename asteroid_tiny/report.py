@@ -107,6 +107,13 @@ def _read_table(path, **options):
         raise _broken(path, error, path.parent) from None
 
 
+def _read_track(path):
+    try:
+        return soundfile.read(path)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise _broken(path, error, path.parents[2]) from None
+
+
 def _broken(path, error, folder):
     return UserError(
         f"{path} is missing or broken ({printable(error)}); delete {folder} and run again"
@@ -185,13 +192,6 @@ def _by_genders(table):
         median = rows.si_sdr_i.median()
         axes.upright(median, k - 0.4, k + 0.4, f"median {median:.1f} dB")
     return axes.svg(), "Each mixture by the genders of its speakers; strokes are medians."
-
-
-def _read_track(path):
-    try:
-        return soundfile.read(path)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise _broken(path, error, path.parents[2]) from None
 
 
 def _in_order(folder):

@@ -108,8 +108,10 @@ def read_folders(folder):
     unread, of_nobody = [], []
     for path in sorted(files_below(folder)):
         inside = path.relative_to(folder)
-        if path.suffix.lower() not in SUFFIXES:
-            unread += [path] if path.suffix.lower().lstrip(".") in FFMPEG_SUFFIXES else []
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            if suffix.lstrip(".") in FFMPEG_SUFFIXES:
+                unread.append(path)
             continue
         if len(inside.parts) < 2:
             of_nobody.append(path)
