@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .linear import Linear, feed_forward, is_traced
+from .linear import VECTORS, Linear, add_feed_forward, is_traced, product_dtype
 
 INTRA, INTER = 2, 1
+VECTOR = 16 if "AVX512" in VECTORS else 1  # whole ones are worth it with AVX-512 alone
 NORM_EPS = 1e-6
 FRAMES_IN_CACHE = 2**13  # of a CPU, with what a layer makes of them
 
@@ -62,6 +63,8 @@ class SelfAttention(nn.Module):
         Shape:
             (batch, chunks, chunk, chan) -> the same.
         """
+        if not is_traced():
+            x = x.to(product_dtype(x))  # once for the three
         signals = [self._heads(layer(x), axis) for layer in (self.query, self.key, self.value)]
         heads = attend(*signals, self.dropout if self.training else 0.0)
         return self.out(heads.transpose(1, 2).reshape(x.shape))
@@ -74,15 +77,27 @@ class SelfAttention(nn.Module):
 
 
 def attend(query, key, value, dropout):
-    """`scaled_dot_product_attention`, in float32 where a CPU is to go back through it.
+    """`scaled_dot_product_attention`, on a CPU round two of its corners.
 
-    There PyTorch's backward pass in bfloat16 is nine times as slow.
+    PyTorch takes exponentials by vectors there and one by one what they leave over, so that 15 keys
+    take twice as long as 16: keys are filled up with masked ones. And its backward pass in bfloat16
+    is nine times as slow as in float32, which it is left to.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            signals = (signal.float() for signal in (query, key, value))
-            return F.scaled_dot_product_attention(*signals, dropout_p=dropout).bfloat16()
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    if query.device.type != "cpu" or is_traced():
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and torch.is_grad_enabled():
+        query, key, value = query.float(), key.float(), value.float()
+    n_keys, mask = key.shape[-2], None
+    left_over = n_keys % VECTOR
+    if left_over >= VECTOR / 2 and not dropout:  # with which PyTorch goes another way
+        pad = (0, 0, 0, VECTOR - left_over)
+        key, value = F.pad(key, pad), F.pad(value, pad)
+        mask = query.new_zeros(key.shape[-2])
+        mask[n_keys:] = -math.inf
+        mask = mask.expand(query.shape[-2], -1)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout).to(dtype)
 
 
 class DepthwiseSeparableConv(nn.Module):
@@ -130,7 +145,7 @@ class DepthwiseSeparableConv(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Norm, linear, ReLU, linear.
+    """Norm, linear, ReLU, linear, and the way around them: x + linear(ReLU(linear(norm(x)))).
 
     The scale and shift of the norm are folded into the first linear layer, so that for the
     backward pass the normalised signal is kept and not the input of the norm as well.
@@ -152,46 +167,26 @@ class FeedForward(nn.Module):
     def __init__(self, chan, hidden, dropout=0.0):
         super().__init__()
         self.norm = nn.LayerNorm(chan, eps=NORM_EPS)
-        self.widen = nn.Linear(chan, hidden)
+        self.widen = Linear(chan, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.narrow = nn.Linear(hidden, chan)
+        self.narrow = Linear(hidden, chan)
 
-    def forward(self, x):
-        if torch.compiler.is_compiling():  # an exported file has the parameters as they are
-            return self.narrow(self.dropout(F.relu(self.widen(self.norm(x)))))
+    def forward(self, x, dropout=nn.Dropout(0.0)):
+        """
+        Args:
+            x (torch.Tensor): Input.
+            dropout (torch.nn.Dropout): Of what is added to it.
+
+        Shape:
+            (.., chan) -> the same.
+        """
+        drops_out = self.training and (self.dropout.p or dropout.p)
+        if drops_out or is_traced():  # an exported file has the parameters as they are
+            hidden = self.dropout(F.relu(self.widen(self.norm(x))))
+            return x + dropout(self.narrow(hidden))
         weight = self.widen.weight * self.norm.weight
         bias = self.widen.bias + self.widen.weight @ self.norm.bias
-        if self.dropout.p and self.training:
-            return self.narrow(self.dropout(F.relu(F.linear(normalise(x), weight, bias))))
-        return feed_forward(normalise(x), weight, bias, self.narrow.weight, self.narrow.bias)
-
-
-class _Normalise(torch.autograd.Function):
-    """Layer normalisation whose backward pass needs its output, not its input."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y, _, inverse_std = torch.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
-        ctx.save_for_backward(y, inverse_std)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        y, inverse_std = ctx.saved_tensors
-        # y has mean 0 and deviation 1, so this is the gradient with respect to y itself
-        mean, one = torch.zeros_like(inverse_std), torch.ones_like(inverse_std)
-        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), y, y.shape[-1:], mean, one, None, None, [True, False, False]
-        )
-        return grad.mul_(inverse_std)
-
-
-def normalise(x):
-    """Zero mean and unit variance over the last dimension, without scale and shift."""
-    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not is_traced()):
-        return _Normalise.apply(x)
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+        return add_feed_forward(x, weight, bias, self.narrow.weight, self.narrow.bias, NORM_EPS)
 
 
 class TransformerLayer(nn.Module):
@@ -221,7 +216,7 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x, axis):
         x = x + self.dropout(self.attention(self.attention_norm(x), axis))
-        return x + self.dropout(self.feed_forward(x))
+        return self.feed_forward(x, self.dropout)
 
 
 class ConvAttentionLayer(nn.Module):
@@ -283,7 +278,7 @@ class ConvAttentionLayer(nn.Module):
 
     def forward(self, x, axis):
         x = x + self.dropout(self._paths(self.norm(x), axis))
-        return x + self.dropout(self.feed_forward(x))
+        return self.feed_forward(x, self.dropout)
 
     def _paths(self, x, axis):
         inputs = x.split(self.split, dim=-1) if self.conv is not None else (x,)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layers import INTER, INTRA, LayerStack
-from .linear import Linear
+from .linear import Linear, is_traced
 
 NORM_EPS = 1e-8
 
@@ -47,6 +47,10 @@ class MaskerNorm(nn.Module):
     def forward(self, x):
         if self.norm_type == "cLN":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, NORM_EPS)
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced():
+            # several times as fast as the variance over a long signal, which does without vectors
+            y = F.layer_norm(x, x.shape[1:], eps=NORM_EPS)
+            return torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
         # one scale and shift an item and channel, so that x alone is kept for the backward pass
         wide = x.float() if x.dtype == torch.float16 else x  # where NORM_EPS would be 0
         var, mean = torch.var_mean(wide.flatten(1), dim=1, correction=0)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from asteroid_tiny import linear
 from asteroid_tiny.cost import SavedBytes
 from asteroid_tiny.layers import INTRA, LayerStack, TransformerLayer
-from asteroid_tiny.linear import Linear, by_onednn, feed_forward
+from asteroid_tiny.linear import Linear, add_feed_forward, by_onednn
 from asteroid_tiny.models import PRESETS
 
 each_cpu = pytest.mark.parametrize("vectors", ["AVX2", "AVX512"])  # it decides who multiplies
@@ -46,20 +46,75 @@ def test_linear_is_nn_linear_on_a_part_of_the_channels_too(bias, vectors, monkey
     assert close(*results)
 
 
+def feed_forward_arguments(*shape, dtype=torch.float32):
+    """A signal of 16 channels, and weights and biases of 32 hidden ones."""
+    shapes = (*shape, 16), (32, 16), (32,), (16, 32), (16,)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def plain_feed_forward(x, widen, widen_bias, narrow, narrow_bias):
+    hidden = F.relu(F.linear(F.layer_norm(x, (16,)), widen, widen_bias))
+    return x + F.linear(hidden, narrow, narrow_bias)
+
+
+def lean_feed_forward(*args):
+    return add_feed_forward(*args, 1e-5)
+
+
 @each_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_feed_forward_in_blocks_is_the_plain_one(dtype, vectors, monkeypatch):
     monkeypatch.setattr(linear, "VECTORS", vectors)
     monkeypatch.setattr(linear, "BLOCK", 7 * 32)  # blocks of 7 rows, the last of 3
-    shapes = (2, 19, 16), (32, 16), (32,), (16, 32), (16,)
-    args = [torch.randn(shape, dtype=dtype) for shape in shapes]
-
-    def plain(x, widen, widen_bias, narrow, narrow_bias):
-        return F.linear(F.relu(F.linear(x, widen, widen_bias)), narrow, narrow_bias)
-
-    assert close(values_and_gradients(feed_forward, *args), values_and_gradients(plain, *args))
+    args = feed_forward_arguments(2, 19, dtype=dtype)
+    plain = values_and_gradients(plain_feed_forward, *args)
+    assert close(values_and_gradients(lean_feed_forward, *args), plain)
+    turned = args[0].transpose(0, 1), *args[1:]  # no longer contiguous
+    plain = values_and_gradients(plain_feed_forward, *turned)
+    assert close(values_and_gradients(lean_feed_forward, *turned), plain)
+    with torch.no_grad():
+        assert close([lean_feed_forward(*turned)], plain[:1])
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(feed_forward, [arg.requires_grad_() for arg in args])
+        assert torch.autograd.gradcheck(lean_feed_forward, [arg.requires_grad_() for arg in args])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_feed_forward_takes_signals_of_any_level(scale):
+    args = feed_forward_arguments(50, dtype=torch.float64)
+    args[0] *= scale
+    pairs = zip(*(values_and_gradients(f, *args) for f in (lean_feed_forward, plain_feed_forward)))
+    # where the variance is near 1e-5, what the norm adds to it, the gradient by its result is less
+    # exact than by its input
+    assert all((ours - theirs).norm() < 0.1 * theirs.norm() for ours, theirs in pairs)
+
+
+def test_gradients_in_bfloat16_do_not_lose_one_block_of_many(monkeypatch):
+    monkeypatch.setattr(linear, "BLOCK", 4 * 32)
+    args = feed_forward_arguments(8000)
+    args[0] = args[0].abs()  # so that the gradients of all blocks point one way
+
+    def rounded(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return lean_feed_forward(*args)
+
+    found, wanted = (
+        torch.autograd.grad(function(*args).sum(), args[1:])
+        for args in [[arg.requires_grad_() for arg in args]]
+        for function in (rounded, lean_feed_forward)
+    )
+    assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_linear_under_autocast_is_exact_but_for_rounding_once(inputs):
+    layer, x = Linear(24, 48), torch.randn(2, 500, 40, dtype=inputs)[..., 3:27]
+    low = torch.nn.functional.linear(
+        x.bfloat16().float(), layer.weight.bfloat16().float(), layer.bias.bfloat16().float()
+    )
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), low, rtol=2**-8, atol=1e-5)
 
 
 @needs_x86
