@@ -13,6 +13,7 @@ they never leave its cache: there this costs no time, it saves some.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -68,7 +69,10 @@ def add_feed_forward(x, widen, widen_bias, narrow, narrow_bias, eps):
         (.., chan) -> the same.
     """
     settings = eps, product_dtype(x), torch.is_grad_enabled()
-    with torch.autocast(x.device.type, enabled=False):  # the backward pass would know nothing of it
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    # without autocast inside, as the backward pass would know nothing of it
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         return _AddFeedForward.apply(x, widen, widen_bias, narrow, narrow_bias, *settings)
 
 

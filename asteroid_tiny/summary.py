@@ -67,7 +67,7 @@ def summarise(table, sample_rate, seed=0):
 
 
 def _summarise(table, seed):
-    speakers = table.speakers.str.split()
+    speakers = table.speakers.astype(str).str.split()  # one alone may be read as a number
     pairs = speakers.map(lambda names: " ".join(sorted(names)))
     summary = {"n_mixtures": len(table), "n_speakers": speakers.explode().nunique()}
     summary["n_speaker_pairs"] = pairs.nunique()

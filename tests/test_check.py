@@ -31,6 +31,17 @@ def test_a_few_samples_at_full_scale_have_not_clipped(make_dir, voices):
     assert check_speech(make_dir({**voices, "s1": loud})) == []
 
 
+def test_peaks_cut_off_on_one_side_of_a_percent_of_the_samples_have_clipped(make_dir, voices):
+    loud = voices["s1"].copy()
+    loud[::100] = 32767
+    (found,) = check_speech(make_dir({**voices, "s1": loud}))
+    assert (found.kind, "s1.wav" in found.where, found.what) == (
+        "clipping",
+        True,
+        "1.0 % of its samples",
+    )
+
+
 def nan(path):
     sf.write(path, np.full(8000, np.nan, np.float32), 8000, subtype="FLOAT")
 
@@ -58,6 +69,18 @@ def test_a_fault_of_a_recording_is_found_and_named(make_dir, voices, kind):
     assert found.fatal == (kind not in ("silent", "clipping", "short"))
 
 
+def test_the_rate_of_most_recordings_is_right_though_another_be_lower(make_dir, voices):
+    folder = make_dir(voices, rate=16000)
+    sf.write(folder / "s1.wav", voices["s1"], 8000)
+    (found,) = check_speech(folder)
+    assert found.kind == "rate" and "s1.wav" in found.where and found.what == "8000 Hz, not 16000"
+
+
+def test_utterances_are_short_in_seconds_whatever_their_rate(make_dir, voices):
+    found = check_speech(make_dir(voices, rate=16000), shortest=2.5)  # they have 2 s
+    assert kinds(found) == ["short"] * 4 and found[0].what == "2.00 s"
+
+
 def test_a_mere_offset_is_silent(make_dir, voices):
     (found,) = check_speech(make_dir({**voices, "s1": np.full(32000, 3000, np.int16)}))
     assert (found.kind, found.where, found.fatal) == ("silent", "s1", False)
@@ -71,6 +94,8 @@ def test_the_rate_that_is_asked_for_is_checked(make_dir, voices):
 
 TABLES = {
     "table": {"utt2spk": "s0 a\ns0 b\ns1 a\ns2 b\ns3 c\n"},
+    "table ": {"spk2gender": "a f\na m\n"},
+    "table  ": {"spk2production": "a\n"},
     "broken speaker": {"utt2spk": "s0 a\ns1 a b\ns2 b\ns3 c\n"},
     "length": {"utt2num_samples": "s0 32000\ns1 32000\ns2 2000000\ns3 32000\n"},
     "missing": {"segments": "s0 s0 0 1\ns1 s1 0 1\ns2 s2 0 1\ns3 s4 0 1\n"},
@@ -119,6 +144,23 @@ def test_broken_noise_is_found(voices, tmp_path):
     assert found.kind == "unreadable noise" and "s2.flac" in found.where and found.fatal
 
 
+def test_splits_are_checked_one_by_one_and_speakers_may_have_many_utterances(
+    make_dir, voices, tmp_path
+):
+    for split in ("train", "valid", "test"):
+        names = "".join(f"{key} {split}-{i // 2}\n" for i, key in enumerate(voices))
+        make_dir(voices, name=split, tables={"utt2spk": names})
+    assert check_speech(tmp_path) == []
+    assert kinds(check_speech(tmp_path, shortest=4.5)) == ["short"] * 12
+
+
+def test_a_data_dir_is_checked_itself_whatever_folders_it_has(make_dir, voices):
+    folder = make_dir(voices)
+    (folder / "test").mkdir()
+    (folder / "s1.wav").unlink()
+    assert kinds(check_speech(folder)) == ["missing"]
+
+
 def test_a_speaker_in_two_splits_is_found(make_dir, voices, tmp_path):
     for split in ("train", "valid", "test"):
         make_dir(voices, name=split, tables={"utt2spk": f"s0 {split}\ns1 b\ns2 c\ns3 d{split}\n"})
@@ -136,6 +178,20 @@ def test_faults_of_a_list_are_found(make_dir, voices, tmp_path):
     write_list(tmp_path / "list.csv", mixtures[:2] + mixtures[:1], 8000)
     (found,) = check_list(tmp_path / "list.csv", folder)
     assert "2 times" in found.what
+
+
+def test_mixtures_of_a_list_whose_recording_is_damaged_are_named_and_the_others_checked(
+    make_dir, voices, tmp_path
+):
+    folder = make_dir(voices, suffix="flac")
+    mixtures = draw_list(SpeechDir(folder), 6, 2, 8000, seed=1)  # each pair of four speakers
+    write_list(tmp_path / "list.csv", mixtures, 8000)
+    content = (folder / "s1.flac").read_bytes()
+    (folder / "s1.flac").write_bytes(content[:9000] + bytes(len(content) - 9000))
+    found = check_list(tmp_path / "list.csv", folder)
+    assert kinds(found) == ["unreadable"] * 3 and all(one.fatal for one in found)
+    concerned = [m.mixture_id for m in mixtures if "s1" in [s.utterance for s in m.sources]]
+    assert [one.where for one in found] == concerned and "s1.flac" in found[0].what
 
 
 def test_every_mixture_that_was_made_softer_is_told(make_dir, voices, tmp_path):

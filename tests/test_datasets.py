@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from sounds import level, peak_frequency, tone
 from torch.utils.data import DataLoader
@@ -12,10 +13,11 @@ from torch.utils.data import DataLoader
 from asteroid_tiny.data import (
     DynamicMixtures,
     EpochSampler,
+    RecordedNoise,
     SpeechDir,
 )
-from asteroid_tiny.data.mixing import LEVEL_DB
-from asteroid_tiny.errors import exit_on_user_error
+from asteroid_tiny.data.mixing import LEVEL_DB, MOST_GAIN, draw_mixture, draw_turns, same_colour
+from asteroid_tiny.errors import UserError, exit_on_user_error
 
 
 @pytest.fixture
@@ -99,6 +101,31 @@ def test_training_mixtures_of_one_colour_are_still_sums(valid_speech):
     assert torch.equal(mixed, sources.sum(0)) and not torch.allclose(mixed, plain)
 
 
+def bands(samples):
+    """Level in dB of each of the 16 bands of `same_colour`, re their mean."""
+    power = np.abs(np.fft.rfft(samples.numpy().astype(np.float64))) ** 2
+    levels = 10 * np.log10([band.mean() for band in np.array_split(power[1:], 16)])
+    return levels - levels.mean()
+
+
+def test_the_colour_falls_by_12_db_and_lies_about_that_as_far_as_asked():
+    white = torch.randn(1, 80000)
+    plain = bands(same_colour(white, np.random.default_rng(0), 0.0)[0])
+    np.testing.assert_allclose(plain, np.linspace(6, -6, 16), atol=1)
+    colours = [bands(same_colour(white, np.random.default_rng(i), 3.0)[0]) for i in range(20)]
+    assert 2 < np.std(np.array(colours) - plain) < 3.5  # less than 3, as bands are smoothed
+
+
+def test_no_band_is_raised_by_more_than_the_most_gain():
+    """Silence above 2 kHz, as of telephones, would else become noise as loud as the voice."""
+    narrow = torch.fft.rfft(torch.randn(1, 80000, dtype=torch.float64))
+    narrow[:, narrow.shape[1] // 2 :] *= 1e-4  # -80 dB
+    narrow = torch.fft.irfft(narrow).float()
+    new = same_colour(narrow, np.random.default_rng(0), 0.0)[0]
+    heard = bands(new[500:-500])  # the edges are steps, which have all frequencies
+    assert heard[2:6].mean() - heard[10:14].mean() > 80 - 2 * MOST_GAIN - 3
+
+
 def test_levels_of_training_mixtures_are_spread(valid_speech):
     args = dict(n_src=2, length=8000, seed=0, size=40)
     spread = DynamicMixtures(valid_speech, level_spread=6, **args)
@@ -131,6 +158,27 @@ def test_a_share_of_the_training_mixtures_are_conversations(tones):
     assert torch.equal(plain[3][0], none[3][0])
 
 
+def test_in_conversations_each_speaker_has_a_speed_and_at_times_goes_on(tones):
+    rng, pairs, same = np.random.default_rng(0), set(), []
+    for _ in range(20):
+        drawn = draw_turns(tones, rng, ["s0", "s1"], 160000, speeds=(90, 110))
+        speeds = [{turn.speed for turn in own.sources} for own in drawn]
+        assert max(map(len, speeds)) == 1
+        pairs.add(tuple(min(own, default=None) for own in speeds))
+        turns = sorted((turn.offset, who) for who, own in enumerate(drawn) for turn in own.sources)
+        same += [one == other for (_, one), (_, other) in itertools.pairwise(turns)]
+    assert {(90, 110), (110, 90), (90, 90), (110, 110)} <= pairs
+    assert 0.15 < np.mean(same) < 0.35, "one of four"
+
+
+def test_of_utterances_that_are_all_too_short_the_longer_are_drawn_more_often(make_dir):
+    tables = {"segments": "a-1 a 0 0.5\na-2 a 0.5 3.5\n", "utt2spk": "a-1 a\na-2 a\n"}
+    speech = SpeechDir(make_dir({"a": tone(500)}, tables=tables))
+    drawn = (draw_mixture(speech, np.random.default_rng(i), ["a"], 40000) for i in range(140))
+    counts = Counter(mixture.sources[0].utterance for mixture in drawn)
+    assert counts.keys() == {"a-1", "a-2"} and 105 < counts["a-2"] < 135  # 6 of 7
+
+
 @pytest.mark.parametrize(("n_src", "heard"), [(2, {1, 2}), (3, {1, 2, 3})])
 def test_in_a_share_of_the_training_mixtures_some_sources_are_silent(valid_speech, n_src, heard):
     args = dict(n_src=n_src, length=8000, seed=0, size=80, colour=3.0, overlap_ratio=0.5)
@@ -161,7 +209,7 @@ def break_in_the_middle(path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_recording_is_named_and_passed_over(make_dir, clips, num_workers):
     first, *_ = clips.values()
-    folder = make_dir({f"s{i}": first for i in range(120)}, suffix="flac")
+    folder = make_dir({f"s{i}": first for i in range(100)}, suffix="flac")  # 1 % may be broken
     break_in_the_middle(folder / "s7.flac")
     mixtures = DynamicMixtures(SpeechDir(folder), 2, 4000, seed=0, size=300)
     loader = DataLoader(mixtures, batch_size=20, num_workers=num_workers)
@@ -180,6 +228,22 @@ def test_too_many_broken_recordings_end_the_epoch(make_dir, clips, refused):
     with refused("1 of 6 recordings are broken", "s3.flac"):
         for i in range(50):
             mixtures[i]
+
+
+def test_recordings_of_noise_count_where_noise_is_taken_from_them(make_dir, clips, tmp_path):
+    first, *_ = clips.values()
+    folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
+    break_in_the_middle(folder / "s3.flac")
+    for i in range(94):
+        (tmp_path / "noises").mkdir(exist_ok=True)
+        sf.write(tmp_path / "noises" / f"{i}.wav", first[:800], 8000)
+    recorded = RecordedNoise(tmp_path / "noises")
+    args = dict(n_src=2, length=4000, seed=0, recorded=recorded)
+    mixtures = DynamicMixtures(SpeechDir(folder), noise=0.5, **args)
+    assert all(mixtures[i][0].isfinite().all() for i in range(30)) and len(mixtures.broken) == 1
+    unheard = DynamicMixtures(SpeechDir(folder), **args)
+    with pytest.raises(UserError, match="1 of 6 recordings"):
+        [unheard[i] for i in range(30)]
 
 
 def test_what_ends_a_worker_process_is_still_one_sentence(make_dir, clips, capsys):

@@ -326,15 +326,30 @@ def spoil_third(n_calls, mixture):
     ("model", "message"),
     [
         (lambda rate: Double(rate, spoil=spoil_third), "NaN or infinite samples for mixture mix/2"),
+        (
+            lambda rate: Double(rate, spoil=lambda n, x: x / (n != 2)),
+            "infinite samples for mixture mix/1",
+        ),
         (lambda rate: Double(rate, n_src=1), r"mixture mix/0 has 2 sources"),
         (lambda rate: Double(rate, spoil=lambda _, x: x[:, 1:]), r"mixture mix/0 has 2 sources"),
         (lambda rate: Double(rate + 1), r"Hz, the test set at"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(dataset, tmp_path, model, message):
+    model = model(dataset.sample_rate)
     with pytest.raises(UserError, match=message):
-        evaluate(model(dataset.sample_rate), dataset, tmp_path, n_workers=0)
-    assert contents(tmp_path) == {}
+        evaluate(model, dataset, tmp_path, n_workers=0)
+    assert contents(tmp_path) == {} and model.training
+
+
+def test_without_its_examples_an_evaluation_has_no_summary(dataset, tmp_path, monkeypatch):
+    def rename(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", rename)  # as `whole_folder` puts a folder in its place
+    with pytest.raises(UserError, match="examples could not be written"):
+        evaluate(Oracle(dataset), dataset, tmp_path, n_workers=0)
+    assert contents(tmp_path) == {}, "by a summary stage 3 is done"
 
 
 def test_a_full_disk_leaves_the_old_results(done, monkeypatch):
@@ -418,9 +433,13 @@ def test_nothing_to_evaluate_is_refused(dataset, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_seed_is_that_of_the_bootstrap(dataset, done, tmp_path):
+def test_the_seed_is_that_of_the_bootstrap_and_of_the_examples(dataset, done, tmp_path):
     found = evaluate(Oracle(dataset), dataset, tmp_path, n_workers=0, seed=7)
     assert found["bootstrap"]["seed"] == 7 and done[1]["bootstrap"]["seed"] == 0
+    names, before = (
+        {path.name for path in (folder / "examples").iterdir()} for folder in (tmp_path, done[0])
+    )
+    assert len(names & before) < 5 and {n for n in names if n[0] != "r"} <= before
 
 
 def test_a_single_speaker_in_noise_can_be_improved():

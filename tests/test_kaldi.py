@@ -59,6 +59,13 @@ def test_segments_are_cut_at_the_right_samples(make_dir):
     assert speech.minutes() == pytest.approx((6000 + 1 + 4000) / RATE / 60)
 
 
+def test_times_are_those_of_the_nearest_sample(make_dir):
+    """Binary fractions of a second lie a hair below many a whole number of samples."""
+    tables = {"segments": "a-1 a 1.001 2.01\n", "utt2spk": "a-1 anna\n"}
+    where = SpeechDir(make_dir({"a": NOISE}, tables=tables)).utterances["a-1"]
+    assert (where.start, where.length) == (8008, 16080 - 8008)
+
+
 def test_utterances_do_not_give_what_is_beside_them(make_dir, refused):
     segments = "u1 r 0.1 0.2\nu2 r 0.2 0.4\n"
     tables = {"segments": segments, "utt2spk": "u1 s\nu2 t\n"}

@@ -110,7 +110,8 @@ def test_an_item_is_the_same_in_any_order_and_process(listed):
 
 def test_lists_that_could_not_be_read_again_are_not_written(valid_speech, tmp_path, refused):
     two, three = (draw_list(valid_speech, 2, n_src, 8000, 0) for n_src in (2, 3))
-    for mixtures in (two + three, []):
+    noisy = two[0]._replace(noise=two[0].sources[0])
+    for mixtures in (two + three, [noisy, two[1]], []):
         with refused("all of as many sources"):
             write_list(tmp_path / "list.csv", mixtures, RATE)
     for ratio in (-0.5, 1.5, float("nan")):
@@ -142,16 +143,18 @@ def test_speeds_are_drawn_for_each_source_of_a_list(listed):
 def test_in_a_share_of_the_mixtures_some_sources_are_silent(listed):
     plain = RepeatedMixtures(listed, 8000, seed=0)
     fewer = RepeatedMixtures(listed, 8000, seed=0, silent_sources=0.5)
-    counts = []
+    counts, silent = [], set()
     for i in range(60):
         mixture, sources = fewer[i]
         heard = sources.any(-1)
+        silent |= set(torch.nonzero(~heard).flatten().tolist())
         counts.append(int(heard.sum()))
         assert torch.equal(sources[heard], plain[i][1][heard])
         before, noise = plain[i][0], plain[i][0] - plain[i][1].sum(0)
         torch.testing.assert_close(mixture - sources.sum(0), noise, rtol=0, atol=1e-6)
         assert heard.all() == torch.equal(mixture, before)
     assert set(counts) == {1, 2} and 18 <= counts.count(1) <= 42
+    assert silent == {0, 1}, "either of them"
 
 
 def test_a_share_of_the_mixtures_is_heard_in_rooms_and_the_noise_stays_as_it_was(listed):

@@ -8,7 +8,16 @@ import pytest
 from pystoi import stoi
 
 from asteroid_tiny.evaluation import measure
-from asteroid_tiny.summary import METRICS, format_table, mean_interval, summarise
+from asteroid_tiny.summary import (
+    METRICS,
+    format_table,
+    is_summary,
+    main_metric,
+    mean_interval,
+    summarise,
+)
+
+RNG = np.random.default_rng(0)
 
 
 def test_the_snr_tells_of_levels_that_si_sdr_leaves_open():
@@ -66,6 +75,25 @@ def test_of_a_single_speaker_in_noise_the_improvement_is_told():
     assert row["si_sdr_i"] == pytest.approx(20, abs=0.5)
 
 
+@pytest.mark.parametrize("faint", [1e-5 * RNG.normal(size=8000), np.full(8000, 0.5)])
+def test_of_a_source_that_nobody_hears_there_are_no_numbers(faint):
+    sources = np.stack([RNG.normal(size=8000), faint])  # a mere offset is no sound either
+    row = measure(sources.sum(0), sources, sources + 0.1 * RNG.normal(size=(2, 8000)), 8000)
+    assert np.isnan(list(row.values())).all()
+
+
+def test_the_gain_of_the_snr_is_that_of_all_estimates_the_spare_ones_too():
+    source = RNG.normal(size=(1, 8000))
+    row = measure(source[0], source, 3 * np.concatenate([source, source]), 8000)
+    assert row["snr"] == pytest.approx(6.02, abs=0.01)  # half of it is in the other
+
+
+def test_a_spare_estimate_may_be_silent():
+    source = RNG.normal(size=(1, 8000))
+    row = measure(source[0], source, np.concatenate([source, 0 * source]), 8000)
+    assert row["spare_level"] == -100
+
+
 def made_up(n_speakers, n_per_pair=5, scale=1.0):
     """A table of metrics in which every speaker pair has a level of its own."""
     rng = np.random.default_rng(1)
@@ -96,8 +124,9 @@ def test_intervals_hold_the_mean_repeat_and_narrow_with_more_pairs():
 
 def test_an_interval_is_of_95_percent():
     values = np.random.default_rng(0).normal(size=400)
-    _, low, high = mean_interval(list(values), [(f"a{i}", f"b{i}") for i in range(400)])
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.07)
+    mean, low, high = mean_interval(list(values), [(f"a{i}", f"b{i}") for i in range(400)])
+    half = 1.96 * values.std() / 20
+    assert [mean - low, high - mean] == pytest.approx([half, half], rel=0.09)
 
 
 def test_an_interval_is_of_the_mean_of_mixtures_however_many_a_pair_has():
@@ -142,6 +171,48 @@ def test_three_speakers_are_counted_as_triples_and_four_as_groups(more, unit):
     n_speakers = 4 + len(more.split())
     assert f"n {unit}s" in text and f"6 speaker {unit}s (made of {n_speakers} speakers)" in text
     assert "pairs" not in text
+
+
+def test_each_number_of_the_table_is_in_its_column():
+    table = made_up(5, n_per_pair=3)
+    for k, metric in enumerate([*METRICS, "snr"], 1):
+        table[metric] = 11.0 * k
+    table["si_sdr_i"] += made_up(5, n_per_pair=3).si_sdr_i
+    table.loc[0, "stoi_i"] = np.nan
+    found = summarise(table, 8000)["groups"]["all"]["si_sdr_i"]
+    values = dict(zip([*METRICS, "snr"], range(11, 200, 11)))
+    lines = format_table(summarise(table, 8000)).splitlines()
+    wanted = [
+        ("n", "30"),
+        ("pairs", "10"),
+        ("SI-SDR in", f"{values['input_si_sdr']}.00"),
+        ("SI-SDRi [95 % interval]", "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found)),
+        *((name, f"{values[m]}.0") for name, m in (("SDRi", "sdr_i"), ("SIR", "sir"))),
+        ("SAR", f"{values['sar']}.0"),
+        ("STOI in -> out", f"{values['input_stoi']}.00 -> {values['stoi']}.00"),
+    ]
+    names, cells = zip(*wanted)
+    assert lines[0].split() == " ".join(names).split()
+    assert lines[1].split() == ["all", *" ".join(cells).split()]
+    notes = " ".join(lines[3:])
+    assert f"their SNR is {values['snr']}.00 dB" in notes
+    assert notes.endswith("cannot be computed: stoi_i 1.")
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"mean": "much"}, 5.0])
+def test_a_summary_whose_further_means_are_spoilt_is_none(spoilt):
+    summary = summarise(made_up(4).assign(snr=5.0, spare_level=-20.0), 8000)
+    assert is_summary(summary)
+    for key in ("snr", "spare_level"):
+        whole = {**summary["groups"]["all"], key: spoilt}
+        assert not is_summary({**summary, "groups": {"all": whole}})
+
+
+def test_mixtures_are_ranked_by_the_improvement_though_some_have_none():
+    table = made_up(3)
+    table.loc[0, "si_sdr_i"] = np.nan
+    assert main_metric(table) == "si_sdr_i"
+    assert main_metric(table.assign(si_sdr_i=np.nan)) == "si_sdr"
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0, -40.0])
