@@ -50,6 +50,7 @@ def summarise(table, sample_rate, seed=0):
         nothing, an interval over fewer than 3 speaker pairs. `snr` and `spare_level` are there
         if the table has them.
     """
+    table = table.assign(speakers=table.speakers.astype(str))  # one alone may be read as a number
     genders = table.genders.str.split().map(set)
     unknown = genders.map(lambda them: "unknown" in them)
     masks = {
@@ -67,7 +68,7 @@ def summarise(table, sample_rate, seed=0):
 
 
 def _summarise(table, seed):
-    speakers = table.speakers.astype(str).str.split()  # one alone may be read as a number
+    speakers = table.speakers.str.split()
     pairs = speakers.map(lambda names: " ".join(sorted(names)))
     summary = {"n_mixtures": len(table), "n_speakers": speakers.explode().nunique()}
     summary["n_speaker_pairs"] = pairs.nunique()

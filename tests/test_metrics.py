@@ -108,6 +108,14 @@ def made_up(n_speakers, n_per_pair=5, scale=1.0):
     return pd.DataFrame(rows)
 
 
+def test_single_speakers_whose_ids_are_numbers_are_counted(tmp_path):
+    table = made_up(4, n_per_pair=2)
+    table["speakers"], table["genders"] = [19, 26] * (len(table) // 2), "m"
+    table.to_csv(tmp_path / "metrics.csv")
+    summary = summarise(pd.read_csv(tmp_path / "metrics.csv"), 8000)
+    assert summary["n_speakers"] == 2 and summary["bootstrap"]["unit"] == "speaker"
+
+
 def test_intervals_hold_the_mean_repeat_and_narrow_with_more_pairs():
     widths = []
     for n_speakers in (4, 8, 16):
