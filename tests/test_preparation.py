@@ -167,11 +167,12 @@ def test_options_that_change_nothing_or_do_not_fit_are_refused(corpus, given, wo
 def test_a_figure_of_the_packaged_weights_is_not_that_of_other_speech(
     recipe, monkeypatch, capsys, summary, refused
 ):
-    settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0)
+    settings = settings_of("minispeech", n_valid=2, n_test=2, eval_segment=1.0, eval_workers=3)
     exp_dir, evaluated = recipe / "exp" / "run", []
 
-    def evaluate(model, mixtures, folder, *_):
+    def evaluate(model, mixtures, folder, device, n_workers):
         evaluated.append(folder)
+        assert (device, n_workers) == ("cpu", 3)
         assert (model.n_src, model.sample_rate) == (2, 8000)
         found = copy.deepcopy(summary)
         found["groups"]["all"]["si_sdr_i"]["mean"] = float(len(evaluated))
