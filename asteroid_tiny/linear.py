@@ -3,9 +3,9 @@
 PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on some
 of AMD's processors, and computes a sum with a bias or a ReLU in bfloat16 in passes of their own.
 oneDNN, which comes with PyTorch too, does neither; it is used wherever it can be: on such a CPU,
-outside of tracing, compilation, export and `torch.func`, but for weight gradients on CPUs without
-AVX-512. Elsewhere, and with ``torch.backends.mkldnn.flags(enabled=False)``, the products are
-`torch.nn.functional.linear`.
+outside of tracing, compilation, export and `torch.func`, but for weight gradients in bfloat16 or
+on CPUs without AVX-512. Elsewhere, and with ``torch.backends.mkldnn.flags(enabled=False)``, the
+products are `torch.nn.functional.linear`.
 
 Most of what a Transformer layer keeps for its backward pass are the hidden activations of its
 feed-forward network. They are computed again instead, a block of rows at a time, so that on a CPU
