@@ -1,4 +1,4 @@
-"""Linear layers that are fast on any CPU, and a feed-forward network that keeps its input alone.
+"""Linear layers that are fast on any CPU, and a feed-forward network that keeps little.
 
 PyTorch hands float32 products on x86 to Intel's MKL, which is half as fast as it could be on some
 of AMD's processors, and computes a sum with a bias or a ReLU in bfloat16 in passes of their own.
@@ -192,7 +192,7 @@ class _AddFeedForward(torch.autograd.Function):
             )
             for total, part in zip(sums, parts):
                 total += part
-            # rows have mean 0 and deviation 1, so this is the gradient with respect to themselves
+            # of a norm whose input were its result, which is all that the gradient needs to know
             mean, one = torch.zeros_like(rows_std), torch.ones_like(rows_std)
             grad_rows, _, _ = torch.ops.aten.native_layer_norm_backward(
                 product(grad_hidden, widen_t).to(grad.dtype),

@@ -234,8 +234,8 @@ def test_recordings_of_noise_count_where_noise_is_taken_from_them(make_dir, clip
     first, *_ = clips.values()
     folder = make_dir({f"s{i}": first for i in range(6)}, suffix="flac")
     break_in_the_middle(folder / "s3.flac")
+    (tmp_path / "noises").mkdir()
     for i in range(94):
-        (tmp_path / "noises").mkdir(exist_ok=True)
         sf.write(tmp_path / "noises" / f"{i}.wav", first[:800], 8000)
     recorded = RecordedNoise(tmp_path / "noises")
     args = dict(n_src=2, length=4000, seed=0, recorded=recorded)

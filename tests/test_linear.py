@@ -98,9 +98,9 @@ def test_gradients_in_bfloat16_do_not_lose_one_block_of_many(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             return lean_feed_forward(*args)
 
+    args = [arg.requires_grad_() for arg in args]
     found, wanted = (
         torch.autograd.grad(function(*args).sum(), args[1:])
-        for args in [[arg.requires_grad_() for arg in args]]
         for function in (rounded, lean_feed_forward)
     )
     assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(found, wanted, strict=True))
@@ -109,13 +109,12 @@ def test_gradients_in_bfloat16_do_not_lose_one_block_of_many(monkeypatch):
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
 def test_linear_under_autocast_is_exact_but_for_rounding_once(inputs):
     layer, x = Linear(24, 48), torch.randn(2, 500, 40, dtype=inputs)[..., 3:27]
-    low = torch.nn.functional.linear(
-        x.bfloat16().float(), layer.weight.bfloat16().float(), layer.bias.bfloat16().float()
-    )
+    rounded = (arg.bfloat16().float() for arg in (x, layer.weight, layer.bias))
+    expected = F.linear(*rounded)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), low, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-5)
 
 
 @needs_x86

@@ -134,6 +134,7 @@ def test_an_interval_is_of_95_percent():
     values = np.random.default_rng(0).normal(size=400)
     mean, low, high = mean_interval(list(values), [(f"a{i}", f"b{i}") for i in range(400)])
     half = 1.96 * values.std() / 20
+    assert high - low == pytest.approx(2 * half, rel=0.07)
     assert [mean - low, high - mean] == pytest.approx([half, half], rel=0.09)
 
 
